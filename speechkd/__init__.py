@@ -1,0 +1,1 @@
+"""Distil large speech and multimodal models into small ones."""

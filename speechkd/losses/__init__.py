@@ -1,0 +1,1 @@
+"""Distillation losses: pure functions, masked, summed, in float32."""
