@@ -1,0 +1,195 @@
+"""Manifests: JSONL files with one utterance a line, read memory-mapped through `datasets`."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+FIELDS = {
+    "id": datasets.Value("string"),
+    "audio": datasets.Value("string"),
+    "duration_seconds": datasets.Value("float64"),
+    "sample_rate_hz": datasets.Value("int64"),
+    "offset_seconds": datasets.Value("float64"),
+    "text": datasets.Value("string"),
+    "speaker": datasets.Value("string"),
+    "language": datasets.Value("string"),
+    "intent": datasets.Value("string"),
+    "slots": datasets.List({"name": datasets.Value("string"), "value": datasets.Value("string")}),
+}
+REQUIRED = {"id": str, "audio": str, "duration_seconds": (int, float), "sample_rate_hz": int}
+OPTIONAL = {"offset_seconds": (int, float), "text": str, "speaker": str, "language": str, "intent": str, "slots": list}
+MAX_PROBLEMS_SHOWN = 20
+
+
+class ManifestError(ValueError):
+    """A manifest cannot be used; the message lists every problem with file and line."""
+
+
+class Manifest:
+    """Utterances of one manifest, memory-mapped.
+
+    `manifest[i]` is a dict with the fields of `FIELDS` (None where absent); `audio` is an absolute path.
+
+    Args:
+        path: the JSONL file.
+        rows: its validated rows.
+    """
+
+    def __init__(self, path: Path, rows: datasets.Dataset) -> None:
+        self.path = path
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        utterance = self.rows[int(index)]
+        utterance["audio"] = str(self.path.parent / utterance["audio"])
+        return utterance
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def ids(self) -> list[str]:
+        """Utterance ids in file order."""
+        return self.rows["id"][:]
+
+    @property
+    def durations_seconds(self) -> np.ndarray:
+        """Utterance lengths in seconds, (utterances,), float64."""
+        return np.asarray(self.rows["duration_seconds"][:], dtype=np.float64)
+
+    def select(self, indices: Iterable[int]) -> "Manifest":
+        """The utterances at these positions, in this order."""
+        return Manifest(self.path, self.rows.select(list(indices)))
+
+
+def read_manifest(path: str | Path, max_problems_shown: int = MAX_PROBLEMS_SHOWN) -> Manifest:
+    """Validate a manifest completely, then open it memory-mapped.
+
+    Args:
+        path: JSONL file; audio paths in it are relative to its folder.
+        max_problems_shown: how many problems the error message spells out; all are counted.
+
+    Returns:
+        The utterances in file order.
+
+    Raises:
+        ManifestError: the file is missing, empty or not UTF-8, or lines are malformed, lack a field, repeat an id,
+            or name audio that does not exist. One message lists all of it.
+    """
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise ManifestError(f"manifest {path} does not exist; write it with a script of data_prep/")
+    problems: list[str] = []
+    id_hashes: list[int] = []
+    line_numbers: list[int] = []
+    digest = hashlib.sha256(str(path).encode())
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            digest.update(line)
+            if not line.strip():
+                continue
+            utterance, line_problems = _parse_line(line, path.parent)
+            problems += [f"{path}:{number}: {problem}" for problem in line_problems]
+            if utterance is not None:
+                # 64-bit hashes, not strings: millions of ids stay small
+                id_hashes.append(
+                    int.from_bytes(hashlib.blake2b(utterance["id"].encode(), digest_size=8).digest(), "big")
+                )
+                line_numbers.append(number)
+    problems += _duplicate_ids(path, id_hashes, line_numbers)
+    if problems:
+        shown = "\n".join(problems[:max_problems_shown])
+        hidden = len(problems) - max_problems_shown
+        more = f"\n... and {hidden} more" if hidden > 0 else ""
+        raise ManifestError(f"{len(problems)} problem(s) in manifest {path}:\n{shown}{more}")
+    if not line_numbers:
+        raise ManifestError(
+            f"manifest {path} holds no utterance; check the corpus folder and rerun its data_prep script"
+        )
+    rows = datasets.Dataset.from_generator(
+        _rows,
+        features=datasets.Features(FIELDS),
+        gen_kwargs={"path": path, "sha256": digest.hexdigest()},  # a changed file must not hit the Arrow cache
+    )
+    return Manifest(path, rows)
+
+
+def write_manifest(path: str | Path, utterances: Iterable[dict[str, Any]]) -> int:
+    """Write utterances as JSONL, atomically: the file is complete or absent.
+
+    Args:
+        path: target; its folder is created.
+        utterances: dicts with the manifest's fields; None values are left out.
+
+    Returns:
+        Number of utterances written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    count = 0
+    with temporary.open("w", encoding="utf-8") as file:
+        for utterance in utterances:
+            present = {key: value for key, value in utterance.items() if value is not None}
+            file.write(json.dumps(present, ensure_ascii=False) + "\n")
+            count += 1
+    temporary.replace(path)
+    return count
+
+
+def _parse_line(line: bytes, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """One manifest line as a dict, or None, and what is wrong with it."""
+    try:
+        utterance = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        return None, [f"not UTF-8 (byte 0x{byte:02x} at column {error.start + 1}); convert the file to UTF-8"]
+    except json.JSONDecodeError as error:
+        return None, [f"not JSON ({error.msg} at column {error.colno}); write one JSON object a line"]
+    if not isinstance(utterance, dict):
+        return None, [f"holds {type(utterance).__name__}, not a JSON object"]
+    name = f"utterance {utterance['id']!r}" if "id" in utterance else "utterance"
+    problems = [f"{name} lacks the field {field!r}" for field in REQUIRED if field not in utterance]
+    for field, value in utterance.items():
+        expected = REQUIRED.get(field) or OPTIONAL.get(field)
+        if expected is None:
+            problems.append(f"{name} has the unknown field {field!r}; known are {', '.join(FIELDS)}")
+        elif not isinstance(value, expected) or isinstance(value, bool):  # type: ignore[arg-type]
+            problems.append(f"{name} has {field}={value!r}, a {type(value).__name__} where another type belongs")
+    if problems:
+        return None, problems
+    duration, offset = utterance["duration_seconds"], utterance.get("offset_seconds", 0.0)
+    if not (math.isfinite(duration) and duration > 0):
+        problems.append(f"{name} has duration_seconds={duration}; it must be positive")
+    if not (math.isfinite(offset) and offset >= 0):
+        problems.append(f"{name} has offset_seconds={offset}; it must be 0 or more")
+    if utterance["sample_rate_hz"] <= 0:
+        problems.append(f"{name} has sample_rate_hz={utterance['sample_rate_hz']}; it must be positive")
+    if not (folder / utterance["audio"]).is_file():
+        problems.append(f"{name}: audio file {folder / utterance['audio']} does not exist")
+    return utterance, problems
+
+
+def _duplicate_ids(path: Path, id_hashes: list[int], line_numbers: list[int]) -> list[str]:
+    hashes = np.asarray(id_hashes, dtype=np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    repeats = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    pairs = sorted((line_numbers[order[i + 1]], line_numbers[order[i]]) for i in repeats)
+    return [f"{path}:{second}: repeats the id of line {first}; ids must be unique" for second, first in pairs]
+
+
+def _rows(path: Path, sha256: str) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                utterance = json.loads(line)
+                yield {field: utterance.get(field) for field in FIELDS}
