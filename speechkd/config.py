@@ -21,9 +21,11 @@ class TeacherConfig:
     Args:
         name: Hub id, local folder or `bundled:<name>`.
         cache_encoder_states: read the frozen encoder's output from the label store instead of running the encoder.
+        license: licence of its weights, which the student's model card repeats.
     """
 
     name: str
+    license: str | None = None
     cache_encoder_states: bool = False
 
 
@@ -104,7 +106,9 @@ def _with_full_path(message: str, known_keys: list[str]) -> str:
     key = f"{match['group']}.{match['key']}" if match["group"] else match["key"]
     nearest = difflib.get_close_matches(key, known_keys, n=1)
     sections = ", ".join(dict.fromkeys(known.split(".")[0] for known in known_keys))
-    return f"unknown key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else f"; known sections are {sections}")
+    return f"unknown key {key!r}" + (
+        f"; did you mean {nearest[0]!r}?" if nearest else f"; known sections are {sections}"
+    )
 
 
 def save_config(resolved_yaml: str, output_dir: str | Path) -> None:
@@ -116,7 +120,9 @@ def save_config(resolved_yaml: str, output_dir: str | Path) -> None:
     path = Path(output_dir) / "config.yaml"
     if path.exists() and path.read_text(encoding="utf-8") != resolved_yaml:
         old, new = path.read_text(encoding="utf-8").splitlines(), resolved_yaml.splitlines()
-        changed = [f"{line.strip()} (was {before.strip()})" for before, line in zip(old, new, strict=False) if before != line]
+        changed = [
+            f"{line.strip()} (was {before.strip()})" for before, line in zip(old, new, strict=False) if before != line
+        ]
         raise ValueError(
             f"{output_dir} holds another run; changed: {'; '.join(changed[:5]) or 'number of settings'}. "
             "Choose another trainer.output_dir, or remove that folder"

@@ -36,7 +36,7 @@ def load_audio(
         Samples in [-1, 1], channels averaged, (samples,), float32.
 
     Raises:
-        AudioError: the file is missing, empty, undecodable, not as long as `duration_seconds`, or holds NaN or infinity.
+        AudioError: the file is missing, empty, undecodable, not as long as `duration_seconds`, or has NaN or infinity.
     """
     path = Path(path)
     if not path.is_file():

@@ -21,6 +21,9 @@ class WhisperLogMel(nn.Module):
         num_mels: 80, or 128 for large-v3 and its descendants.
     """
 
+    filters: Tensor
+    window: Tensor
+
     def __init__(self, num_mels: int = 80) -> None:
         super().__init__()
         filters = torchaudio.functional.melscale_fbanks(

@@ -1,0 +1,37 @@
+# Everything happens in .venv; a target does its own set-up and is quick when it is there.
+# Without a GPU, take the CPU build of torch: make demo TORCH_PIP_ARGS="--index-url URL", URL from pytorch.org's install page.
+PYTHON ?= python3
+TORCH_PIP_ARGS ?=
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+export HF_HUB_OFFLINE := 1
+
+.PHONY: install demo lint test test-e2e test-gpu clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	pip install $(TORCH_PIP_ARGS) torch torchaudio
+	pip install -e ".[bundled,export,tracking,dev]"
+	touch $@
+
+demo: install
+	bash recipes/distil_whisper/run.sh quickstart
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+test: install
+	pytest -m "not e2e and not gpu"
+
+test-e2e: install
+	pytest -m e2e
+
+test-gpu: install
+	pytest -m gpu tests/gpu
+
+clean:
+	rm -rf build dist exp data *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Distil-Whisper on one dataset, from the corpus to a scored student:
+#   bash recipes/distil_whisper/run.sh DATASET [--corpus-dir DIR] [--stage N] [--stop-stage M] [--force] [--section.key value ...]
+# Stages: 1 prepare, 2 label, 3 train, 4 evaluate. A finished stage is skipped; a killed one carries on.
+set -euo pipefail
+
+recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$recipe_dir/../.." && pwd)
+usage() { sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit "$1"; }
+
+[[ $# -ge 1 ]] || usage 2
+[[ $1 != -h && $1 != --help ]] || usage 0
+dataset=$1; shift
+config=$recipe_dir/$dataset.yaml
+if [[ ! -f $config ]]; then
+  echo "error: no recipe for dataset '$dataset'; there are: $(cd "$recipe_dir" && ls ./*.yaml | sed 's|./||; s|.yaml||' | tr '\n' ' ')" >&2
+  exit 2
+fi
+
+corpus_dir="" first=1 last=4 force=() overrides=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --corpus-dir|--stage|--stop-stage)
+      [[ $# -ge 2 ]] || { echo "error: $1 needs a value" >&2; exit 2; }
+      case $1 in --corpus-dir) corpus_dir=$2 ;; --stage) first=$2 ;; --stop-stage) last=$2 ;; esac
+      shift 2 ;;
+    --force) force=(--force); shift ;;
+    *) overrides+=("$1"); shift ;;
+  esac
+done
+for stage in "$first" "$last"; do
+  [[ $stage =~ ^[1-4]$ ]] || { echo "error: a stage is 1, 2, 3 or 4, not '$stage'" >&2; exit 2; }
+done
+
+resolved=$(mktemp); trap 'rm -f "$resolved"' EXIT
+python "$recipe_dir/train.py" --config "$config" "${overrides[@]}" --print_config > "$resolved" || exit 2
+value() { python -c 'import sys, yaml
+item = yaml.safe_load(open(sys.argv[1]))
+for key in sys.argv[2].split("."): item = (item or {}).get(key)
+print("none" if item is None else item)' "$resolved" "$1"; }
+run_dir=$(value trainer.output_dir)
+labels_dir=$(value data.labels_dir)
+train_manifest=$(value data.train_manifest)
+test_manifest=$(value data.test_manifest)
+data_dir=$(dirname "$train_manifest")
+corpus=$(basename "$data_dir")
+
+# run_stage NUMBER NAME STAMP "SECTIONS" "OUTPUTS" COMMAND: skips, refuses or runs, and keeps the time
+run_stage() {
+  local number=$1 name=$2 stamp=$3 sections=$4 outputs=$5 code=0; shift 5
+  (( number >= first && number <= last )) || return 0
+  # shellcheck disable=SC2086
+  python -m speechkd.stages begin "$stamp" --config "$resolved" --sections $sections --corpus-dir "$corpus_dir" \
+    --outputs $outputs "${force[@]}" || code=$?
+  if (( code == 10 )); then echo "stage $number ($name): finished before, skipped"; return 0; fi
+  (( code == 0 )) || exit "$code"
+  echo "stage $number ($name)"
+  "$@"
+  python -m speechkd.stages end "$stamp"
+}
+
+prepare() {
+  local corpus_option=()
+  [[ -z $corpus_dir ]] || corpus_option=(--corpus-dir "$corpus_dir")
+  python "$root/data_prep/$corpus.py" "${corpus_option[@]}" --output-dir "$data_dir"
+}
+
+label() {
+  [[ $labels_dir != none ]] || { echo "no labels_dir: training on the manifest's own text"; return 0; }
+  local targets=(text)
+  [[ $(value teacher.cache_encoder_states) == True ]] && targets+=(encoder_states)
+  local options=(--teacher "$(value teacher.name)" --language "$(value decoding.language)"
+    --whisper-task "$(value decoding.task)" --batch-size "$(value decoding.batch_size)"
+    --max-new-tokens "$(value decoding.max_new_tokens)" --num-workers "$(value decoding.num_workers)"
+    --max-skipped-fraction "$(value data.max_skipped_fraction)")
+  speechkd label "${options[@]}" --manifest "$train_manifest" --output-dir "$labels_dir/train" --targets "${targets[@]}"
+  speechkd label "${options[@]}" --manifest "$test_manifest" --output-dir "$labels_dir/test"
+}
+
+run_stage 1 prepare "$data_dir/.stage-prepare.json" "data.train_manifest data.test_manifest" "$data_dir" prepare
+run_stage 2 label "$labels_dir/.stage-label.json" \
+  "teacher data.train_manifest data.test_manifest data.max_skipped_fraction decoding" "$labels_dir" label
+run_stage 3 train "$run_dir/.stage-train.json" "teacher data student loss decoding filters trainer" "$run_dir" \
+  python "$recipe_dir/train.py" --config "$resolved"
+run_stage 4 evaluate "$run_dir/.stage-evaluate.json" "teacher data decoding evaluation trainer" \
+  "$run_dir/teacher $run_dir/before $run_dir/decoded $run_dir/results.json" \
+  python "$recipe_dir/evaluate.py" --config "$resolved"

@@ -1,0 +1,157 @@
+"""The `speechkd` command. Exit codes: 0 done, 1 failed, 2 bad input."""
+
+import json
+import logging
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn errors that a user can mend into their message and an exit code; anything else keeps its traceback.
+
+    Raises:
+        SystemExit: 2 for bad input and for what the system refuses (missing files, a full disk), 1 for a loss that is
+            not finite.
+    """
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        logger.debug("traceback", exc_info=True)
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `speechkd`."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with exit_codes():
+        result = arguments.run(arguments)
+    if arguments.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+    else:
+        sys.stdout.writelines(f"{key}: {_readable(value)}\n" for key, value in result.items())
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="speechkd", description="Distil large speech models into small ones.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    label = commands.add_parser(
+        "label", help="transcribe a manifest with a teacher", formatter_class=ArgumentDefaultsHelpFormatter
+    )
+    label.add_argument("--teacher", required=True, help="Hub id, folder or bundled:<name>")
+    label.add_argument(
+        "--targets", nargs="+", choices=("text", "encoder_states"), default=["text"], help="what to keep of the teacher"
+    )
+    _add_decoding(label)
+    label.set_defaults(run=_label)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="score a model on a manifest", formatter_class=ArgumentDefaultsHelpFormatter
+    )
+    evaluate.add_argument("--model", required=True, help="Hub id, folder or bundled:<name>")
+    evaluate.add_argument("--task", choices=("asr",), default="asr", help="what to score")
+    evaluate.add_argument("--normalizer", choices=("english", "basic", "none"), default="english")
+    evaluate.add_argument("--reference", choices=("text", "teacher"), default="text", help="what counts as right")
+    evaluate.add_argument("--labels-dir", help="label store of the teacher, with --reference teacher")
+    evaluate.add_argument(
+        "--decoded-dir", help="label store of this model's transcripts; OUTPUT_DIR/decoded if not given"
+    )
+    evaluate.add_argument("--digit-error-rate", action="store_true", help="also score single digits")
+    _add_decoding(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    doctor = commands.add_parser("doctor", help="examine this machine, and a manifest")
+    doctor.add_argument("--manifest", help="validate this manifest too")
+    doctor.set_defaults(run=_doctor)
+    for command in (label, evaluate, doctor):
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser
+
+
+def _add_decoding(parser: ArgumentParser) -> None:
+    parser.add_argument("--manifest", required=True, help="JSONL manifest of data_prep")
+    parser.add_argument("--output-dir", required=True, help="folder for the results; continued if it was begun")
+    parser.add_argument("--language", default="en", help="language code, or none for English-only models")
+    parser.add_argument("--whisper-task", choices=("transcribe", "translate"), default="transcribe")
+    parser.add_argument("--batch-size", type=int, default=16, help="clips decoded together")
+    parser.add_argument("--max-new-tokens", type=int, default=224, help="longest transcript in tokens")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode audio")
+    parser.add_argument("--max-skipped-fraction", type=float, default=0.01, help="share of clips that may be unusable")
+    parser.add_argument("--device", help="torch device; CUDA if there is one")
+
+
+def _decoding(arguments: Namespace) -> Any:
+    from speechkd.labels.pseudo_label import DecodingConfig
+
+    return DecodingConfig(
+        language=None if arguments.language == "none" else arguments.language,
+        task=arguments.whisper_task,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        num_workers=arguments.num_workers,
+    )
+
+
+def _label(arguments: Namespace) -> dict[str, Any]:
+    from speechkd.labels.pseudo_label import label_manifest
+
+    store = label_manifest(
+        arguments.teacher,
+        arguments.manifest,
+        arguments.output_dir,
+        decoding=_decoding(arguments),
+        targets=tuple(arguments.targets),
+        max_skipped_fraction=arguments.max_skipped_fraction,
+        device=arguments.device,
+    )
+    rows = list(store.rows())
+    seconds = sum(row["duration_seconds"] for row in rows)
+    compute_seconds = sum(row["compute_seconds"] for row in rows)
+    return {
+        "output_dir": arguments.output_dir,
+        "num_utterances": len(rows),
+        "audio_hours": seconds / 3600,
+        "rtfx": seconds / compute_seconds if rows else 0.0,
+    }
+
+
+def _evaluate(arguments: Namespace) -> dict[str, Any]:
+    from speechkd.evaluate import evaluate_asr
+
+    return evaluate_asr(
+        arguments.model,
+        arguments.manifest,
+        arguments.output_dir,
+        decoding=_decoding(arguments),
+        normalizer=arguments.normalizer,
+        reference=arguments.reference,
+        labels_dir=arguments.labels_dir,
+        decoded_dir=arguments.decoded_dir,
+        digit_errors=arguments.digit_error_rate,
+        max_skipped_fraction=arguments.max_skipped_fraction,
+        device=arguments.device,
+    )
+
+
+def _doctor(arguments: Namespace) -> dict[str, Any]:
+    from speechkd.doctor import examine
+
+    return examine(arguments.manifest)
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return "".join(f"\n  - {item}" for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_readable(item)}" for key, item in value.items())
+    return str(value)

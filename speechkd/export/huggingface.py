@@ -1,0 +1,126 @@
+"""Students as plain Hugging Face folders that load without speechkd, with a model card."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, ProcessorMixin
+
+from speechkd.files import atomic_write
+
+
+def save_student(student: PreTrainedModel, processor: ProcessorMixin, output_dir: str | Path, card: str) -> None:
+    """Write weights, configuration, processor and model card; the folder is complete or absent.
+
+    Args:
+        student: trained model; saved as float32 safetensors.
+        processor: of the teacher, whose vocabulary and features the student shares.
+        output_dir: final folder; an earlier one is replaced.
+        card: text of its README.md, as of `model_card`.
+    """
+    output_dir = Path(output_dir)
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(output_dir, ignore_errors=True)
+    os.replace(temporary, output_dir)
+
+
+def model_card(run: dict[str, Any], metrics: dict[str, dict[str, Any]] | None = None) -> str:
+    """Model card of a Whisper student.
+
+    Args:
+        run: facts of the training, as `recipes/distil_whisper/train.py` keeps them in `run.json`.
+        metrics: `metrics.json` of models by a printable name; None before evaluation.
+
+    Returns:
+        Markdown with the Hub's YAML header.
+    """
+    teacher = run["teacher"]
+    base_model = [] if teacher is None or ":" in teacher["name"] else [f"base_model: {teacher['name']}"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: automatic-speech-recognition",
+        f"license: {run['license'] or 'other'}",
+        *([f"language: {run['language']}"] if run["language"] else []),
+        *base_model,
+        "tags: [speechkd, knowledge-distillation, whisper]",
+        "---",
+        f"# {run['title']}",
+        "",
+        f"A Whisper with {run['encoder_layers']} encoder and {run['decoder_layers']} decoder layers, "
+        f"{run['parameters'] / 1e6:.1f} M parameters, trained by speechkd {run['speechkd_version']}.",
+        "",
+        "## Teacher",
+        "",
+        "None; fine-tuned on its labels."
+        if teacher is None
+        else f"{teacher['name']}, weights SHA-256 `{teacher['weights_sha256']}`"
+        + (f", decoder layers {run['decoder_layers_kept']} kept." if run["decoder_layers_kept"] else "."),
+        "",
+        "## Data",
+        "",
+        f"{run['train_manifest']}: {run['train_utterances']} utterances, {run['train_hours']:.3f} h after filtering. "
+        f"Labels: {run['labels']}.",
+        *(
+            ["The voices are synthetic; nothing here says how the model does on human speech."]
+            if run["synthetic"]
+            else []
+        ),
+        "",
+        "## Training",
+        "",
+        f"Loss: {run['loss']}. {run['steps']} steps, learning rate {run['learning_rate']:g}, seed {run['seed']}, "
+        f"{run['device']}, {run['date']}.",
+        "",
+    ]
+    if metrics:
+        lines += ["## Evaluation", "", *_metrics_table(metrics), ""]
+    lines += ["## Licence", "", run["license"] or "That of the teacher and of the data; see both.", ""]
+    return "\n".join(lines)
+
+
+def _metrics_table(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    names = [
+        ("wer", "WER %"),
+        ("cer", "CER %"),
+        ("digit_error_rate", "digit error rate %"),
+        ("slot_recall", "slot recall %"),
+        ("rtfx", "RTFx"),
+    ]
+    present = [(key, title) for key, title in names if any(key in scores for scores in metrics.values())]
+    first = next(iter(metrics.values()))
+    rows = [
+        f"{first['num_utterances']} utterances of {first['manifest']}, reference: {first['reference']}, "
+        f"normaliser: {first['normalizer']}, greedy decoding.",
+        "",
+        "| model | " + " | ".join(title for _, title in present) + " |",
+        "|---|" + "---:|" * len(present),
+    ]
+    for name, scores in metrics.items():
+        cells = [f"{scores[key]:.2f}" if key in scores else "" for key, _ in present]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def update_card(output_dir: str | Path, run: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> None:
+    """Write the card again, now with scores."""
+    with atomic_write(Path(output_dir) / "README.md") as temporary:
+        temporary.write_text(model_card(run, metrics), encoding="utf-8")
+
+
+def read_run(run_dir: str | Path) -> dict[str, Any]:
+    """`run.json` of a finished training.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(run_dir) / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{run_dir} holds no finished training (run.json is missing); run the train stage first")
+    return json.loads(path.read_text(encoding="utf-8"))

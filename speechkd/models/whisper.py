@@ -1,0 +1,232 @@
+"""Whisper students: fewer layers of a teacher, copied, and what is needed to run them."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, WhisperConfig, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+from speechkd.data.collate import WhisperTokens
+
+
+def choose_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]:
+    """Teacher layers that a student keeps: evenly spaced, first and last included.
+
+    Gandhi et al. 2023, https://arxiv.org/abs/2311.00430, section 4, with the rounding of the published checkpoints:
+    positions are truncated, then the last one is set to the teacher's last layer.
+
+    Args:
+        num_teacher_layers: depth of the teacher.
+        num_student_layers: depth of the student, 1 to the teacher's.
+
+    Returns:
+        Layer indices from 0, one per student layer.
+
+    Raises:
+        ValueError: the student is deeper than the teacher, or has no layer.
+    """
+    if not 1 <= num_student_layers <= num_teacher_layers:
+        raise ValueError(
+            f"a student of {num_student_layers} layers cannot be cut from a teacher of {num_teacher_layers}; "
+            f"choose 1 to {num_teacher_layers}"
+        )
+    layers = np.linspace(0, num_teacher_layers - 1, num_student_layers).astype(int).tolist()
+    layers[-1] = num_teacher_layers - 1
+    return layers
+
+
+def resolve_layers(num_teacher_layers: int, num_student_layers: int | None, layers: list[int] | None) -> list[int]:
+    """Layer indices from a count, or from a user's list whose negative entries count from the end.
+
+    Raises:
+        ValueError: the list has another length than the count, repeats a layer, or names one that the teacher lacks.
+    """
+    if layers is None:
+        return choose_layers(num_teacher_layers, num_student_layers or num_teacher_layers)
+    if num_student_layers is not None and len(layers) != num_student_layers:
+        raise ValueError(
+            f"{len(layers)} layers are listed ({layers}) for a student of {num_student_layers}; give as many"
+        )
+    resolved = [layer + num_teacher_layers if layer < 0 else layer for layer in layers]
+    wrong = [layer for layer, index in zip(layers, resolved, strict=True) if not 0 <= index < num_teacher_layers]
+    if wrong or len(set(resolved)) != len(resolved) or not resolved:
+        raise ValueError(f"layers {layers} must name different layers of a teacher of {num_teacher_layers}")
+    return resolved
+
+
+def student_from_teacher(
+    teacher: WhisperForConditionalGeneration,
+    *,
+    decoder_layers: int | None = 2,
+    encoder_layers: int | None = None,
+    decoder_layers_numbers: list[int] | None = None,
+) -> WhisperForConditionalGeneration:
+    """A student that copies everything but the dropped layers; nothing is randomly initialised.
+
+    Args:
+        teacher: any Whisper.
+        decoder_layers: kept decoder layers; None keeps all, or as many as are listed.
+        encoder_layers: kept encoder layers; None keeps all.
+        decoder_layers_numbers: which decoder layers, instead of the rule of `choose_layers`.
+
+    Returns:
+        The student in float32, with a generation config that fits its depth.
+    """
+    config: WhisperConfig = copy.deepcopy(teacher.config)
+    decoder_kept = resolve_layers(config.decoder_layers, decoder_layers, decoder_layers_numbers)
+    encoder_kept = resolve_layers(config.encoder_layers, encoder_layers, None)
+    config.decoder_layers, config.encoder_layers = len(decoder_kept), len(encoder_kept)
+    config.num_hidden_layers = len(encoder_kept)
+    config.dtype = torch.float32
+    with torch.device(teacher.device):
+        student = WhisperForConditionalGeneration(config)
+    kept = {"model.decoder.layers.": decoder_kept, "model.encoder.layers.": encoder_kept}
+    weights = {
+        name: teacher_weights
+        for name, teacher_weights in _renumber(teacher.state_dict(), kept).items()
+        if name in student.state_dict()
+    }
+    student.load_state_dict(weights, strict=True)  # a missing or an extra key is an error
+    student.generation_config = student_generation_config(teacher, decoder_kept)
+    return student.float()
+
+
+def _renumber(state_dict: dict[str, Tensor], kept: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Teacher weights under the names that the student's layers have; dropped layers are left out."""
+    renamed = {}
+    for name, weight in state_dict.items():
+        prefix = next((prefix for prefix in kept if name.startswith(prefix)), None)
+        if prefix is None:
+            renamed[name] = weight
+            continue
+        layer, rest = name.removeprefix(prefix).split(".", 1)
+        if int(layer) in kept[prefix]:
+            renamed[f"{prefix}{kept[prefix].index(int(layer))}.{rest}"] = weight
+    return renamed
+
+
+def student_generation_config(teacher: WhisperForConditionalGeneration, decoder_kept: list[int]):
+    """The teacher's generation config without what the student's depth makes invalid.
+
+    Alignment heads of dropped layers go, the others move to their new layer. Where none is left, every head of the
+    upper half of the layers counts, which is Whisper's own default.
+    """
+    generation = copy.deepcopy(teacher.generation_config)
+    generation.forced_decoder_ids = None
+    heads = getattr(generation, "alignment_heads", None) or []
+    moved = [[decoder_kept.index(layer), head] for layer, head in heads if layer in decoder_kept]
+    if not moved:
+        depth = len(decoder_kept)
+        moved = [
+            [layer, head]
+            for layer in range(depth // 2, depth)
+            for head in range(teacher.config.decoder_attention_heads)
+        ]
+    generation.alignment_heads = moved
+    return generation
+
+
+def freeze_student(
+    student: WhisperForConditionalGeneration, *, encoder: bool = True, embed_positions: bool = True
+) -> None:
+    """Stop gradients into the encoder and the decoder's positions; both then stay exactly the teacher's."""
+    if encoder:
+        student.model.encoder.requires_grad_(False).eval()
+    if embed_positions:
+        student.model.decoder.embed_positions.requires_grad_(False)
+
+
+def encoders_equal(first: WhisperForConditionalGeneration, second: WhisperForConditionalGeneration) -> bool:
+    """Whether two models have bit-equal encoders, so that one can stand for both while it is frozen."""
+    ours, theirs = first.model.encoder.state_dict(), second.model.encoder.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One decoded clip.
+
+    Args:
+        token_ids: the whole label, from `<|startoftranscript|>` to `<|endoftext|>` if it was reached.
+        mean_logprob: mean natural log-probability of the decoded tokens, end token included.
+        no_speech_prob: probability of `<|nospeech|>` at the first position.
+        finished: the model ended by itself, not at the length limit.
+    """
+
+    token_ids: list[int]
+    mean_logprob: float
+    no_speech_prob: float
+    finished: bool
+
+
+class _GreedyLogprobs(LogitsProcessor):
+    """Records the log-probability of each step's most likely token, after all other processors."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores.amax(dim=-1).float() - scores.float().logsumexp(dim=-1))
+        return scores
+
+
+@torch.no_grad()
+def greedy_decode(
+    model: WhisperForConditionalGeneration,
+    encoder_states: Tensor,
+    tokens: WhisperTokens,
+    *,
+    language: str | None = "en",
+    task: str = "transcribe",
+    max_new_tokens: int = 224,
+) -> list[Decoded]:
+    """Greedy transcripts without timestamps.
+
+    Args:
+        model: teacher or student.
+        encoder_states: last hidden states of the encoder, (batch, frames, dim).
+        tokens: of the model's vocabulary, for the same language and task.
+        language: language code; None for English-only models.
+        task: "transcribe" or "translate".
+        max_new_tokens: limit of decoded tokens, end token included.
+
+    Returns:
+        One result per clip, in order.
+    """
+    recorder = _GreedyLogprobs()
+    forced: dict[str, Any] = {} if language is None else {"language": language, "task": task}
+    generation = copy.deepcopy(model.generation_config)
+    generation.max_length = None  # transformers warns at each call where both limits are set
+    sequences = model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoder_states),
+        generation_config=generation,
+        logits_processor=LogitsProcessorList([recorder]),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        return_timestamps=False,
+        **forced,
+    )
+    logprobs = torch.stack(recorder.steps, dim=1).cpu()  # (batch, steps)
+    start = torch.full((len(encoder_states), 1), tokens.start_of_transcript, device=encoder_states.device)
+    first = model(encoder_outputs=(encoder_states,), decoder_input_ids=start, use_cache=False).logits[:, -1]
+    no_speech = first.float().softmax(dim=-1)[:, tokens.no_speech].tolist()
+    results = []
+    for row, ids in enumerate(sequences.tolist()):
+        text_ids = ids[: ids.index(tokens.end_of_text)] if tokens.end_of_text in ids else ids
+        finished = len(text_ids) < logprobs.shape[1]
+        num_scored = len(text_ids) + finished
+        end = [tokens.end_of_text] if finished else []
+        results.append(
+            Decoded(
+                token_ids=[*tokens.prefix, *text_ids, *end],
+                mean_logprob=logprobs[row, :num_scored].mean().item(),
+                no_speech_prob=no_speech[row],
+                finished=finished,
+            )
+        )
+    return results

@@ -1,0 +1,108 @@
+"""Stages of a recipe: finished ones are skipped, and a stage whose inputs changed is refused.
+
+A recipe's run.sh calls `python -m speechkd.stages begin STAMP --inputs TEXT` before a stage and `... end` after it. The
+stamp beside the stage's output remembers what the stage depended on and how long it took.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from speechkd.files import write_json
+
+SKIP_EXIT_CODE = 10
+
+
+def begin(stamp: Path, inputs: dict[str, Any], *, force: bool, outputs: list[Path]) -> bool:
+    """Decide whether a stage has to run.
+
+    Args:
+        stamp: JSON file of the stage.
+        inputs: everything that the stage's result depends on, flat or nested.
+        force: rerun a stage whose inputs changed, after removing its outputs.
+        outputs: what the stage writes.
+
+    Returns:
+        False if it finished with the same inputs.
+
+    Raises:
+        ValueError: it was begun with other inputs, and `force` is not set; the message names them.
+    """
+    known = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else None
+    if known is not None and known["inputs"] != inputs:
+        before, now = _flat(known["inputs"]), _flat(inputs)
+        changed = [
+            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if not force:
+            raise ValueError(
+                f"{stamp.parent} was made with another configuration: {'; '.join(changed[:8])}. Add --force to make it "
+                "again, which removes it, or choose another --trainer.output_dir or --data.labels_dir"
+            )
+        for output in outputs:
+            shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+        known = None
+    if known is not None and known["finished"]:
+        return False
+    seconds = known["wall_seconds"] if known is not None else 0.0
+    content = {"inputs": inputs, "finished": False, "started": time.time(), "wall_seconds": seconds}
+    write_json(stamp, content)
+    return True
+
+
+def end(stamp: Path) -> None:
+    """Mark a stage as finished; its time adds to that of killed attempts whose end was seen."""
+    content = json.loads(stamp.read_text(encoding="utf-8"))
+    content["wall_seconds"] += time.time() - content.pop("started")
+    write_json(stamp, {**content, "finished": True})
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        path: leaf
+        for key, inner in value.items()
+        for path, leaf in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of run.sh; exit code 10 says that the stage is finished already, 2 that it is refused."""
+    parser = argparse.ArgumentParser(description="Begin or end a stage of a recipe.")
+    parser.add_argument("action", choices=("begin", "end"))
+    parser.add_argument("stamp", type=Path)
+    parser.add_argument("--config", type=Path, help="resolved YAML of the run")
+    parser.add_argument("--sections", nargs="*", default=[], help="sections or section.key that the stage depends on")
+    parser.add_argument("--corpus-dir", default="", help="also part of the inputs")
+    parser.add_argument("--outputs", nargs="*", type=Path, default=[])
+    parser.add_argument("--force", action="store_true")
+    arguments = parser.parse_args(argv)
+    if arguments.action == "end":
+        end(arguments.stamp)
+        return
+    config = _flat(yaml.safe_load(arguments.config.read_text(encoding="utf-8")))
+    wanted = tuple(arguments.sections)
+    inputs = {
+        key: value for key, value in config.items() if any(key == name or key.startswith(f"{name}.") for name in wanted)
+    }
+    if arguments.corpus_dir:
+        inputs["corpus_dir"] = arguments.corpus_dir
+    try:
+        must_run = begin(arguments.stamp, inputs, force=arguments.force, outputs=arguments.outputs)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
+    raise SystemExit(0 if must_run else SKIP_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from conftest import TOKENS, tiny_whisper
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from speechkd.models.whisper import (
+    choose_layers,
+    encoders_equal,
+    freeze_student,
+    greedy_decode,
+    resolve_layers,
+    student_from_teacher,
+)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "layers"),
+    [
+        (32, 1, [31]),
+        (32, 2, [0, 31]),
+        (32, 3, [0, 15, 31]),
+        (32, 4, [0, 10, 20, 31]),
+        (32, 8, [0, 4, 8, 13, 17, 22, 26, 31]),
+        (32, 16, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 31]),
+        (24, 2, [0, 23]),
+        (12, 2, [0, 11]),
+        (12, 4, [0, 3, 7, 11]),
+        (6, 3, [0, 2, 5]),
+        (4, 1, [3]),
+    ],
+)
+def test_layers_are_spaced_as_in_the_published_checkpoints(teacher, student, layers):
+    assert choose_layers(teacher, student) == layers
+
+
+def test_listed_layers_count_from_the_end_where_negative():
+    assert resolve_layers(6, 2, [0, -1]) == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("count", "layers", "message"), [(2, [0], "1 layers are listed"), (2, [0, 6], "different"), (2, [5, -1], "different")]
+)
+def test_wrong_layer_lists_are_refused(count, layers, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_layers(6, count, layers)
+
+
+def test_a_student_deeper_than_its_teacher_is_refused():
+    with pytest.raises(ValueError, match="8 layers cannot be cut from a teacher of 6"):
+        choose_layers(6, 8)
+
+
+LARGE = {"d_model": 1280, "encoder_attention_heads": 20, "decoder_attention_heads": 20, "vocab_size": 51865}
+LARGE |= {"encoder_ffn_dim": 5120, "decoder_ffn_dim": 5120, "encoder_layers": 32, "decoder_layers": 32}
+MEDIUM_EN = LARGE | {"d_model": 1024, "encoder_attention_heads": 16, "decoder_attention_heads": 16, "vocab_size": 51864}
+MEDIUM_EN |= {"encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "encoder_layers": 24, "decoder_layers": 24}
+SMALL_EN = LARGE | {"d_model": 768, "encoder_attention_heads": 12, "decoder_attention_heads": 12, "vocab_size": 51864}
+SMALL_EN |= {"encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "encoder_layers": 12, "decoder_layers": 12}
+LARGE_V3 = LARGE | {"vocab_size": 51866, "num_mel_bins": 128}
+
+
+def meta_whisper(settings: dict) -> WhisperForConditionalGeneration:
+    with torch.device("meta"):
+        return WhisperForConditionalGeneration(WhisperConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "encoder_layers", "decoder_layers", "parameters"),
+    [
+        (LARGE, 32, 32, 1_543_304_960),
+        (LARGE, 32, 2, 756_220_160),
+        (LARGE, 16, 2, 441_401_600),
+        (LARGE_V3, 32, 2, 756_405_760),
+        (LARGE_V3, 32, 4, 808_878_080),
+        (MEDIUM_EN, 24, 2, 394_375_168),
+        (SMALL_EN, 12, 4, 166_132_224),
+    ],
+)
+def test_parameter_counts_are_those_of_the_published_models(teacher, encoder_layers, decoder_layers, parameters):
+    settings = teacher | {"encoder_layers": encoder_layers, "decoder_layers": decoder_layers}
+    assert meta_whisper(settings).num_parameters() == parameters
+
+
+def test_frozen_encoder_and_positions_leave_the_published_number_of_trainable_parameters():
+    student = meta_whisper(LARGE | {"decoder_layers": 2})
+    freeze_student(student)
+    assert sum(p.numel() for p in student.parameters() if p.requires_grad) == 118_862_080
+    assert student.model.decoder.num_parameters() == 119_435_520
+    assert sum(p.numel() for p in student.model.decoder.layers[0].parameters()) == 26_236_160
+
+
+def test_a_student_copies_the_chosen_layers_and_everything_outside_them():
+    teacher = tiny_whisper(decoder_layers=4)
+    student = student_from_teacher(teacher, decoder_layers=2)
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    for name, weight in ours.items():
+        source = name.replace("decoder.layers.1.", "decoder.layers.3.")
+        assert torch.equal(weight, theirs[source]), name
+    assert encoders_equal(teacher, student)
+    assert student.config.decoder_layers == 2 and teacher.config.decoder_layers == 4
+
+
+def test_a_student_of_all_layers_answers_as_its_teacher():
+    teacher = tiny_whisper(decoder_layers=3)
+    student = student_from_teacher(teacher, decoder_layers=None).eval()
+    inputs = {"input_features": torch.randn(1, 80, 3000), "decoder_input_ids": torch.tensor([[50258, 50259, 50359]])}
+    with torch.no_grad():
+        torch.testing.assert_close(student(**inputs).logits, teacher(**inputs).logits, rtol=0, atol=0)
+
+
+def test_alignment_heads_never_point_at_a_missing_layer():
+    teacher = tiny_whisper(decoder_layers=4)
+    teacher.generation_config.alignment_heads = [[1, 0], [3, 1], [2, 0]]
+    teacher.generation_config.forced_decoder_ids = [[1, 2]]
+    student = student_from_teacher(teacher, decoder_layers=2)
+    assert student.generation_config.alignment_heads == [[1, 1]]
+    assert student.generation_config.forced_decoder_ids is None
+    teacher.generation_config.alignment_heads = [[1, 0]]
+    assert student_from_teacher(teacher, decoder_layers=2).generation_config.alignment_heads == [[1, 0], [1, 1]]
+
+
+def test_mean_logprob_is_that_of_the_decoded_tokens():
+    model = tiny_whisper(decoder_layers=1)
+    states = torch.randn(2, 1500, 16)
+    decoded = greedy_decode(model, states, TOKENS, language=None, max_new_tokens=5)
+    for row, result in enumerate(decoded):
+        text_ids = [t for t in result.token_ids[len(TOKENS.prefix) :]]
+        inputs = torch.tensor([[model.generation_config.decoder_start_token_id or 50258, *text_ids]])
+        with torch.no_grad():
+            logits = model(encoder_outputs=(states[row : row + 1],), decoder_input_ids=inputs).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(text_ids)[:, None]).mean().item()
+        assert result.mean_logprob == pytest.approx(expected, abs=1e-4)
+        assert not result.finished and len(text_ids) == 5
