@@ -40,7 +40,9 @@ def tiny_whisper(decoder_layers: int = 4, vocab_size: int = 51865) -> WhisperFor
     return WhisperForConditionalGeneration(config).eval()
 
 
-def write_tone(path: Path, seconds: float = 1.0, rate_hz: int = 16_000, channels: int = 1, pitch_hz: float = 220.0) -> None:
+def write_tone(
+    path: Path, seconds: float = 1.0, rate_hz: int = 16_000, channels: int = 1, pitch_hz: float = 220.0
+) -> None:
     """A quiet tone as a wav, flac, ogg or mp3 file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     time = torch.arange(round(seconds * rate_hz)) / rate_hz

@@ -34,7 +34,9 @@ def test_masked_rows_change_nothing():
     other.requires_grad_()
     total = cross_entropy(other, LABELS) + forward_kl(other, TEACHER, mask)
     total.backward()
-    torch.testing.assert_close(total, cross_entropy(STUDENT, LABELS) + forward_kl(STUDENT, TEACHER, mask), rtol=0, atol=0)
+    torch.testing.assert_close(
+        total, cross_entropy(STUDENT, LABELS) + forward_kl(STUDENT, TEACHER, mask), rtol=0, atol=0
+    )
     assert other.grad[2].abs().max() == 0
 
 

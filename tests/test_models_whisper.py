@@ -38,7 +38,8 @@ def test_listed_layers_count_from_the_end_where_negative():
 
 
 @pytest.mark.parametrize(
-    ("count", "layers", "message"), [(2, [0], "1 layers are listed"), (2, [0, 6], "different"), (2, [5, -1], "different")]
+    ("count", "layers", "message"),
+    [(2, [0], "1 layers are listed"), (2, [0, 6], "different"), (2, [5, -1], "different")],
 )
 def test_wrong_layer_lists_are_refused(count, layers, message):
     with pytest.raises(ValueError, match=message):

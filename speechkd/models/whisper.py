@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from speechkd.data.collate import WhisperTokens
@@ -109,13 +115,13 @@ def _renumber(state_dict: dict[str, Tensor], kept: dict[str, list[int]]) -> dict
     return renamed
 
 
-def student_generation_config(teacher: WhisperForConditionalGeneration, decoder_kept: list[int]):
+def student_generation_config(teacher: WhisperForConditionalGeneration, decoder_kept: list[int]) -> GenerationConfig:
     """The teacher's generation config without what the student's depth makes invalid.
 
     Alignment heads of dropped layers go, the others move to their new layer. Where none is left, every head of the
     upper half of the layers counts, which is Whisper's own default.
     """
-    generation = copy.deepcopy(teacher.generation_config)
+    generation: Any = copy.deepcopy(teacher.generation_config)
     generation.forced_decoder_ids = None
     heads = getattr(generation, "alignment_heads", None) or []
     moved = [[decoder_kept.index(layer), head] for layer, head in heads if layer in decoder_kept]
