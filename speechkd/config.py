@@ -92,7 +92,8 @@ def parse_config(config_class: type[ConfigT], argv: list[str] | None = None) -> 
         namespace = parser.parse_args(argv)
         del namespace["config"]
         values = parser.instantiate_classes(namespace).as_dict()
-        return config_class(**values), parser.dump(namespace)
+        # dumped twice: the first pass may write 0 where the file, read back, gives 0.0
+        return config_class(**values), parser.dump(parser.parse_string(parser.dump(namespace)))
     except (ArgumentError, ValueError, OSError) as error:
         sys.stderr.write(f"error: {_with_full_path(str(error), list(parser.get_defaults().keys()))}\n")
         raise SystemExit(2) from None

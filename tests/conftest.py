@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration, WhisperProcessor
 
+from speechkd.bundled import bundled_path
 from speechkd.data.collate import WhisperTokens
 from speechkd.data.manifest import write_manifest
 
@@ -68,3 +69,16 @@ def tone_manifest(tmp_path: Path) -> Path:
         )
     write_manifest(tmp_path / "tones.jsonl", rows)
     return tmp_path / "tones.jsonl"
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny random Whisper with the real vocabulary, which loads as any teacher."""
+    folder = tmp_path_factory.mktemp("tiny-teacher")
+    bundled = bundled_path("whisper-base")
+    model = tiny_whisper(decoder_layers=3)
+    model.generation_config = GenerationConfig.from_pretrained(bundled)
+    model.generation_config.alignment_heads = [[2, 0]]
+    model.save_pretrained(folder)
+    WhisperProcessor.from_pretrained(bundled).save_pretrained(folder)
+    return str(folder)

@@ -125,7 +125,7 @@ def test_mean_logprob_is_that_of_the_decoded_tokens():
     states = torch.randn(2, 1500, 16)
     decoded = greedy_decode(model, states, TOKENS, language=None, max_new_tokens=5)
     for row, result in enumerate(decoded):
-        text_ids = [t for t in result.token_ids[len(TOKENS.prefix) :]]
+        text_ids = result.token_ids[len(TOKENS.prefix) :]
         inputs = torch.tensor([[model.generation_config.decoder_start_token_id or 50258, *text_ids]])
         with torch.no_grad():
             logits = model(encoder_outputs=(states[row : row + 1],), decoder_input_ids=inputs).logits[0, :-1]

@@ -1,0 +1,137 @@
+"""LibriSpeech: read English, 16 kHz, with transcripts (Panayotov et al. 2015, https://www.openslr.org/12).
+
+Layout: LibriSpeech/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac with <speaker>-<chapter>.trans.txt.
+`--download` fetches the archives of --subsets from OpenSLR resource 12 and checks their MD5.
+"""
+
+import hashlib
+import os
+import tarfile
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from common import corpus_parser, probe_clip, report, require_corpus_dir, write_skipped
+from tqdm import tqdm
+
+from speechkd.data.audio import AudioError
+from speechkd.data.manifest import write_manifest
+from speechkd.files import atomic_write
+
+ARCHIVES_URL = "https://www.openslr.org/resources/12"
+
+
+def prepare_librispeech(corpus_dir: str | Path | None, output_dir: str | Path) -> dict[str, Any]:
+    """Write <subset>.jsonl for every subset that is there, and train.jsonl with all of the train-* subsets.
+
+    Args:
+        corpus_dir: folder that holds LibriSpeech/, or LibriSpeech/ itself.
+        output_dir: folder for the manifests, which refer to the audio in place.
+
+    Returns:
+        Utterances per manifest, transcripts without audio, audio without transcript, and skipped clips.
+
+    Raises:
+        ValueError: there is no subset with transcripts.
+    """
+    corpus_dir = require_corpus_dir(corpus_dir, "LibriSpeech/<subset>/<speaker>/<chapter>/").resolve()
+    root = corpus_dir / "LibriSpeech" if (corpus_dir / "LibriSpeech").is_dir() else corpus_dir
+    output_dir = Path(output_dir)
+    skipped: list[dict[str, str]] = []
+    subsets: dict[str, list[dict[str, Any]]] = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        transcripts = sorted(folder.glob("*/*/*.trans.txt"))
+        if transcripts:
+            progress = tqdm(transcripts, desc=folder.name, unit="chapter")
+            chapters = [_chapter(path, output_dir.resolve(), skipped) for path in progress]
+            subsets[folder.name] = [utterance for chapter in chapters for utterance in chapter]
+    if not subsets:
+        raise ValueError(
+            f"no <subset>/<speaker>/<chapter>/*.trans.txt in {root}; give the folder that holds LibriSpeech/"
+        )
+    counts: dict[str, Any] = {
+        name: write_manifest(output_dir / f"{name}.jsonl", rows) for name, rows in subsets.items()
+    }
+    train = [row for name, rows in subsets.items() if name.startswith("train-") for row in rows]
+    if train:
+        counts["train"] = write_manifest(output_dir / "train.jsonl", train)
+    write_skipped(output_dir, skipped)
+    return {**counts, "skipped": len(skipped)}
+
+
+def _chapter(trans_file: Path, manifest_dir: Path, skipped: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Utterances of one chapter; what has no partner or cannot be opened is added to `skipped`."""
+    lines = dict(line.split(" ", 1) for line in trans_file.read_text(encoding="utf-8").splitlines() if " " in line)
+    audio = {path.stem: path for path in trans_file.parent.glob("*.flac")}
+    skipped += [{"id": key, "reason": f"no line in {trans_file}"} for key in sorted(audio.keys() - lines.keys())]
+    utterances = []
+    for key, text in sorted(lines.items()):
+        if key not in audio:
+            skipped.append({"id": key, "reason": f"{trans_file.parent / key}.flac does not exist"})
+            continue
+        try:
+            duration_seconds, rate_hz = probe_clip(audio[key])
+        except AudioError as error:
+            skipped.append({"id": key, "reason": str(error)})
+            continue
+        utterances.append(
+            {
+                "id": key,
+                "audio": os.path.relpath(audio[key], manifest_dir),
+                "duration_seconds": duration_seconds,
+                "sample_rate_hz": rate_hz,
+                "text": text.strip(),
+                "speaker": key.split("-")[0],
+                "language": "en",
+            }
+        )
+    return utterances
+
+
+def download_librispeech(corpus_dir: Path, subsets: list[str]) -> None:
+    """Fetch and unpack subsets that are not there yet.
+
+    Raises:
+        ValueError: an archive's MD5 is not the one that OpenSLR lists.
+    """
+    with urllib.request.urlopen(f"{ARCHIVES_URL}/md5sum.txt", timeout=60) as answer:
+        listed = {name: md5 for md5, name in (line.split() for line in answer.read().decode().splitlines() if line)}
+    for subset in subsets:
+        if (corpus_dir / "LibriSpeech" / subset).is_dir():
+            continue
+        archive = corpus_dir / f"{subset}.tar.gz"
+        digest = hashlib.md5()
+        with atomic_write(archive) as temporary, temporary.open("wb") as file:
+            with urllib.request.urlopen(f"{ARCHIVES_URL}/{archive.name}", timeout=60) as answer:
+                with tqdm(total=int(answer.headers["Content-Length"]), unit="B", unit_scale=True, desc=subset) as bar:
+                    while chunk := answer.read(1 << 20):
+                        digest.update(chunk)
+                        file.write(chunk)
+                        bar.update(len(chunk))
+        if digest.hexdigest() != listed.get(archive.name):
+            archive.unlink()
+            raise ValueError(
+                f"{archive.name} has MD5 {digest.hexdigest()}, not {listed.get(archive.name)}; fetch it again"
+            )
+        with tarfile.open(archive) as content:
+            content.extractall(corpus_dir, filter="data")
+        archive.unlink()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = corpus_parser(__doc__)
+    parser.add_argument("--subsets", nargs="+", default=["train-clean-100", "dev-clean", "test-clean"])
+    arguments = parser.parse_args(argv)
+
+    def prepare() -> dict[str, Any]:
+        if arguments.download:
+            if arguments.corpus_dir is None:
+                raise ValueError("--download needs --corpus-dir, the folder to unpack LibriSpeech into")
+            download_librispeech(arguments.corpus_dir, arguments.subsets)
+        return prepare_librispeech(arguments.corpus_dir, arguments.output_dir)
+
+    report(prepare, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+from train import DistilWhisperConfig
+
+from speechkd.config import parse_config, save_config
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+YAMLS = sorted(RECIPES.glob("distil_whisper/*.yaml"))
+FSDD = str(RECIPES / "distil_whisper/fsdd.yaml")
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_its_resolved_form_is_accepted_back(path, tmp_path):
+    config, resolved = parse_config(DistilWhisperConfig, ["--config", str(path), "--trainer.bf16", "false"])
+    (tmp_path / "config.yaml").write_text(resolved)
+    again, resolved_again = parse_config(DistilWhisperConfig, ["--config", str(tmp_path / "config.yaml")])
+    assert resolved_again == resolved and again.loss == config.loss
+    assert (config.loss.cross_entropy, config.loss.kl, config.loss.temperature) == (0.8, 1.0, 2.0)
+
+
+def test_the_command_line_wins_over_the_file():
+    config, _ = parse_config(DistilWhisperConfig, ["--config", FSDD, "--trainer.seed", "7", "--loss.kl", "0.5"])
+    assert config.trainer.seed == 7 and config.loss.kl == 0.5
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("trainer: {learning_rat: 1.0}", "unknown key 'trainer.learning_rat'; did you mean 'trainer.learning_rate'?"),
+        ("losses: {kl: 1}", "unknown key 'losses.kl'; did you mean 'loss.kl'?"),
+        ("trainer: {seed: many}", '"trainer.seed"'),
+        ("data: {max_skipped_fraction: 7}", "data.max_skipped_fraction must be 0 to 1, got 7"),
+        ("loss: {cross_entropy: 0, kl: 0}", "loss weights must be >= 0 and not both 0"),
+        ("teacher: null", "without a teacher set student.init_from"),
+        ("student: {freeze_encoder: false}", "cache_encoder_states needs the teacher's whole encoder, frozen"),
+        ("decoding: {task: sing}", '"decoding.task"'),
+    ],
+)
+def test_wrong_keys_types_and_combinations_are_named(yaml, message, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(yaml)
+    with pytest.raises(SystemExit) as error:
+        parse_config(DistilWhisperConfig, ["--config", FSDD, "--config", str(tmp_path / "bad.yaml")])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_another_run_is_refused(tmp_path):
+    save_config("a: 1\nb: 2\n", tmp_path)
+    save_config("a: 1\nb: 2\n", tmp_path)
+    with pytest.raises(ValueError, match=r"holds another run; changed: b: 3 \(was b: 2\)"):
+        save_config("a: 1\nb: 3\n", tmp_path)

@@ -1,0 +1,23 @@
+import pytest
+
+from speechkd.stages import begin, end
+
+
+def test_a_finished_stage_is_skipped_and_a_killed_one_runs_again(tmp_path):
+    stamp = tmp_path / ".stage.json"
+    assert begin(stamp, {"a": 1}, force=False, outputs=[])
+    assert begin(stamp, {"a": 1}, force=False, outputs=[])  # never ended: a kill
+    end(stamp)
+    assert not begin(stamp, {"a": 1}, force=False, outputs=[])
+
+
+def test_a_changed_configuration_is_refused_and_force_starts_over(tmp_path):
+    stamp, output = tmp_path / ".stage.json", tmp_path / "out"
+    begin(stamp, {"trainer.seed": 1}, force=False, outputs=[output])
+    output.mkdir()
+    end(stamp)
+    with pytest.raises(ValueError, match="trainer.seed was 1, now 2.*--force"):
+        begin(stamp, {"trainer.seed": 2}, force=False, outputs=[output])
+    assert output.exists()
+    assert begin(stamp, {"trainer.seed": 2}, force=True, outputs=[output])
+    assert not output.exists()
