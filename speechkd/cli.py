@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `speechkd`."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # transformers warns at each call that max_new_tokens goes before the checkpoint's max_length, as it should
+    logging.getLogger("transformers.generation").setLevel(logging.ERROR)
     with exit_codes():
         result = arguments.run(arguments)
     if arguments.json:

@@ -103,5 +103,6 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("transformers.generation").setLevel(logging.ERROR)  # it repeats that max_new_tokens wins
     with exit_codes():
         main()

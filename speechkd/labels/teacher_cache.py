@@ -111,6 +111,8 @@ def create_store(folder: str | Path, header: dict[str, Any]) -> LabelStore:
     if path.is_file():
         store = LabelStore(folder)
         check_teacher(store, header["teacher"])
+        if set(header.get("targets", ())) < set(store.header.get("targets", ())):
+            header["targets"] = store.header["targets"]  # a store that keeps more serves as well
         changed = [key for key in header if store.header.get(key) != header[key] and key != "teacher"]
         if changed:
             raise LabelStoreError(

@@ -205,11 +205,8 @@ def greedy_decode(
     """
     recorder = _GreedyLogprobs()
     forced: dict[str, Any] = {} if language is None else {"language": language, "task": task}
-    generation = copy.deepcopy(model.generation_config)
-    generation.max_length = None  # transformers warns at each call where both limits are set
     sequences = model.generate(
         encoder_outputs=BaseModelOutput(last_hidden_state=encoder_states),
-        generation_config=generation,
         logits_processor=LogitsProcessorList([recorder]),
         max_new_tokens=max_new_tokens,
         do_sample=False,

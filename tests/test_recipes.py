@@ -1,0 +1,115 @@
+"""Every recipe on a tiny random teacher and generated audio: two steps, a resume, scores, and a student for stock tools."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train
+from conftest import ROOT
+from evaluate import main as evaluate
+from safetensors.torch import load_file
+
+from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
+from speechkd.labels.teacher_cache import LabelStoreError
+
+YAMLS = sorted((ROOT / "recipes/distil_whisper").glob("*.yaml"))
+pytestmark = pytest.mark.recipe
+
+
+@pytest.fixture
+def labels(tiny_teacher: str, tone_manifest: Path) -> Path:
+    folder = tone_manifest.parent / "labels"
+    for split in ("train", "test"):
+        label_manifest(
+            tiny_teacher,
+            tone_manifest,
+            folder / split,
+            decoding=DecodingConfig(max_new_tokens=6),
+            targets=("text", "encoder_states"),
+        )
+    return folder
+
+
+def arguments(path: Path, teacher: str, manifest: Path, labels: Path, *more: str) -> list[str]:
+    options = {
+        "teacher.name": teacher,
+        "data.train_manifest": manifest,
+        "data.test_manifest": manifest,
+        "data.labels_dir": labels,
+        "data.max_batch_seconds": 60,
+        "data.num_workers": 0,
+        "decoding.max_new_tokens": 6,
+        "decoding.num_workers": 0,
+        "filters": '{"max_wer": null, "min_mean_logprob": null, "max_compression_ratio": null, "max_repeated_5grams": null}',
+        "trainer.output_dir": manifest.parent / "run",
+        "trainer.max_steps": 2,
+        "trainer.save_steps": 1,
+        "trainer.bf16": "false",
+        "trainer.dataloader_num_workers": 0,
+        "trainer.use_cpu": "true",
+    }
+    given = [f"--{key}={value}" for key, value in options.items()]
+    return ["--config", str(path), *given, *more]
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_every_recipe_trains_two_steps(path, tiny_teacher, tone_manifest, labels):
+    train.main(arguments(path, tiny_teacher, tone_manifest, labels))
+    run = tone_manifest.parent / "run"
+    before, after = (load_file(run / name / "model.safetensors") for name in ("student_init", "student"))
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved and not any(".encoder." in name or "decoder.embed_positions" in name for name in moved)
+    card = (run / "student/README.md").read_text()
+    assert "weights SHA-256" in card and "0.8 CE + 1 KL(teacher, T=2, T^2)" in card
+
+
+def test_a_student_is_scored_and_loads_in_stock_transformers(tiny_teacher, tone_manifest, labels):
+    argv = arguments(YAMLS[1], tiny_teacher, tone_manifest, labels)
+    train.main(argv)
+    evaluate(argv)
+    run = tone_manifest.parent / "run"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["num_utterances"] == 6 and metrics["rtfx"] > 0 and "digit_error_rate" in metrics
+    assert (run / "hypotheses.jsonl").read_text().count("\n") == 6
+    assert "| student after |" in (run / "student/README.md").read_text()
+    code = (
+        "import sys, numpy\n"
+        "from transformers import WhisperForConditionalGeneration, pipeline\n"
+        "model = WhisperForConditionalGeneration.from_pretrained(sys.argv[1])\n"
+        "heads = model.generation_config.alignment_heads\n"
+        "assert all(layer < model.config.decoder_layers for layer, _ in heads), heads\n"
+        "speak = pipeline('automatic-speech-recognition', model=sys.argv[1])\n"
+        "speak(numpy.zeros(16000, dtype=numpy.float32), generate_kwargs={'max_new_tokens': 4})\n"
+        "assert 'speechkd' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(run / "student")], check=True, cwd=tone_manifest.parent)
+
+
+def test_live_encoders_give_the_loss_of_cached_states(tiny_teacher, tone_manifest, labels):
+    losses = []
+    for cached in ("true", "false"):
+        run = tone_manifest.parent / f"cached-{cached}"
+        more = (f"--trainer.output_dir={run}", f"--teacher.cache_encoder_states={cached}", "--trainer.logging_steps=1")
+        train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels, *more))
+        losses.append(
+            [json.loads(line).get("loss/total") for line in (run / "train_log.jsonl").read_text().splitlines()]
+        )
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=2e-3)  # the states are stored in float16
+
+
+def test_training_without_a_teacher_uses_the_manifests_text(tiny_teacher, tone_manifest):
+    argv = arguments(YAMLS[3], tiny_teacher, tone_manifest, tone_manifest.parent / "none")
+    argv = [item for item in argv if not item.startswith(("--teacher.name", "--data.labels_dir"))]
+    train.main(
+        [*argv, "--teacher=null", "--data.labels_dir=null", f"--student.init_from={tiny_teacher}", "--loss.kl=0"]
+    )
+    assert "None; fine-tuned on its labels." in (tone_manifest.parent / "run/student/README.md").read_text()
+
+
+def test_labels_of_another_teacher_are_refused(tiny_teacher, tone_manifest, labels):
+    header = labels / "train/header.json"
+    header.write_text(header.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
+    with pytest.raises(LabelStoreError, match="come from teacher .* but this run has"):
+        train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels))
