@@ -10,7 +10,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common import audio_by_stem, corpus_parser, read_clip, refuse_download, report, require_corpus_dir, write_skipped
+from common import (
+    audio_by_stem,
+    corpus_parser,
+    read_clip,
+    refuse_download,
+    report,
+    require_corpus_dir,
+    require_output_dir,
+    write_skipped,
+)
 from tqdm import tqdm
 
 from speechkd.data.audio import AudioError
@@ -33,6 +42,26 @@ def split_of(slots: dict[str, str]) -> str:
     return "train" if bucket < 60 else "dev" if bucket < 80 else "test"
 
 
+def read_labels(path: Path) -> dict[str, Any]:
+    """Labels by file name, checked.
+
+    Raises:
+        ValueError: the file is not JSON, or an entry lacks its intent or its slots.
+    """
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again from the corpus") from error
+    if not isinstance(labels, dict):
+        raise ValueError(f"{path} holds a {type(labels).__name__}; it should map file names to intent and slots")
+    for name, label in labels.items():
+        if not (
+            isinstance(label, dict) and isinstance(label.get("intent"), str) and isinstance(label.get("slots"), dict)
+        ):
+            raise ValueError(f"{path}: the label of {name!r} is {label!r}; it should have an intent and slots")
+    return labels
+
+
 def prepare_barista(corpus_dir: str | Path | None, output_dir: str | Path) -> dict[str, Any]:
     """Write train.jsonl, dev.jsonl and test.jsonl, which refer to the audio in place.
 
@@ -47,13 +76,13 @@ def prepare_barista(corpus_dir: str | Path | None, output_dir: str | Path) -> di
         ValueError: the folder is not the corpus.
     """
     corpus_dir = require_corpus_dir(corpus_dir, "data/label/label.json and data/speech/clean/").resolve()
-    output_dir = Path(output_dir)
     label_file, audio_dir = corpus_dir / "data/label/label.json", corpus_dir / "data/speech/clean"
     if not label_file.is_file() or not audio_dir.is_dir():
         raise ValueError(
             f"{corpus_dir} is not the barista corpus; it needs data/label/label.json and data/speech/clean/"
         )
-    labels = json.loads(label_file.read_text(encoding="utf-8"))
+    labels = read_labels(label_file)
+    output_dir = require_output_dir(output_dir)
     audio = audio_by_stem(audio_dir)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}
     skipped: list[dict[str, str]] = []

@@ -1,7 +1,7 @@
 """Free Spoken Digit Dataset: single digits, and strings of three to six digits of one speaker.
 
 Layout: recordings/{digit}_{speaker}_{index}.wav or .flac at 8 kHz. Speakers are ranked by the SHA-256 of their names;
-the first quarter, at least one, is test. Of george, jackson, lucas, nicolas and theo that leaves one for test.
+the first quarter, at least one, is test: of george, jackson, lucas, nicolas and theo, george is test, the others train.
 """
 
 import hashlib
@@ -12,7 +12,16 @@ from typing import Any
 
 import soundfile
 import torch
-from common import audio_by_stem, corpus_parser, read_clip, refuse_download, report, require_corpus_dir, write_skipped
+from common import (
+    audio_by_stem,
+    corpus_parser,
+    read_clip,
+    refuse_download,
+    report,
+    require_corpus_dir,
+    require_output_dir,
+    write_skipped,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -62,7 +71,7 @@ def prepare_fsdd(
         ValueError: the folder is not the corpus, or has one speaker only.
     """
     corpus_dir = require_corpus_dir(corpus_dir, "recordings/{digit}_{speaker}_{index}.wav or .flac")
-    output_dir = Path(output_dir)
+    output_dir = require_output_dir(output_dir)
     folder = corpus_dir / "recordings"
     found = audio_by_stem(folder) if folder.is_dir() else {}
     recordings, skipped = _read_recordings({stem: path for stem, path in found.items() if RECORDING.fullmatch(stem)})

@@ -6,12 +6,14 @@ Layout: LibriSpeech/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.fl
 
 import hashlib
 import os
+import shutil
 import tarfile
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-from common import corpus_parser, probe_clip, report, require_corpus_dir, write_skipped
+from common import corpus_parser, probe_clip, report, require_corpus_dir, require_output_dir, write_skipped
 from tqdm import tqdm
 
 from speechkd.data.audio import AudioError
@@ -36,7 +38,7 @@ def prepare_librispeech(corpus_dir: str | Path | None, output_dir: str | Path) -
     """
     corpus_dir = require_corpus_dir(corpus_dir, "LibriSpeech/<subset>/<speaker>/<chapter>/").resolve()
     root = corpus_dir / "LibriSpeech" if (corpus_dir / "LibriSpeech").is_dir() else corpus_dir
-    output_dir = Path(output_dir)
+    output_dir = require_output_dir(output_dir)
     skipped: list[dict[str, str]] = []
     subsets: dict[str, list[dict[str, Any]]] = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
@@ -113,8 +115,14 @@ def download_librispeech(corpus_dir: Path, subsets: list[str]) -> None:
             raise ValueError(
                 f"{archive.name} has MD5 {digest.hexdigest()}, not {listed.get(archive.name)}; fetch it again"
             )
+        unpacked = corpus_dir / f".{subset}.unpacked"
+        shutil.rmtree(unpacked, ignore_errors=True)
         with tarfile.open(archive) as content:
-            content.extractall(corpus_dir, filter="data")
+            content.extractall(unpacked, filter="data")
+        # renamed when whole: a subset that is there was never cut short
+        (corpus_dir / "LibriSpeech").mkdir(exist_ok=True)
+        (unpacked / "LibriSpeech" / subset).rename(corpus_dir / "LibriSpeech" / subset)
+        shutil.rmtree(unpacked)
         archive.unlink()
 
 
@@ -127,7 +135,13 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.download:
             if arguments.corpus_dir is None:
                 raise ValueError("--download needs --corpus-dir, the folder to unpack LibriSpeech into")
-            download_librispeech(arguments.corpus_dir, arguments.subsets)
+            try:
+                download_librispeech(arguments.corpus_dir, arguments.subsets)
+            except urllib.error.URLError as error:
+                raise ValueError(
+                    f"{ARCHIVES_URL} cannot be reached or lacks a subset ({error}); check the network and --subsets, "
+                    "or fetch the archives by hand and pass their folder with --corpus-dir"
+                ) from error
         return prepare_librispeech(arguments.corpus_dir, arguments.output_dir)
 
     report(prepare, arguments.json)

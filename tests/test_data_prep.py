@@ -1,8 +1,11 @@
+import hashlib
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import librispeech
 import numpy as np
 import pytest
 import soundfile
@@ -28,6 +31,34 @@ def read(path: Path) -> list[dict]:
 def test_barista_labels_fall_into_the_published_buckets(slots, bucket):
     assert label_key(slots) == "coffeeDrink=coffee|roast=light roast|size=twelve ounce"
     assert split_bucket(label_key(slots)) == bucket
+
+
+@pytest.mark.parametrize(
+    ("key", "bucket"),
+    [
+        ("coffeeDrink=iced coffee|numberOfShots=triple shot|roast=light roast", 99),
+        ("coffeeDrink=mocha|milkAmount=soy milk|numberOfShots=single shot", 7),
+        ("coffeeDrink=iced mocha|roast=light roast|size=eight ounce", 66),
+    ],
+)
+def test_other_published_barista_labels_keep_their_buckets(key, bucket):
+    assert split_bucket(key) == bucket
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{broken", "label.json is not JSON"),
+        ("[]", "holds a list; it should map file names to intent and slots"),
+        ('{"a.wav": {"intent": "order"}}', "the label of 'a.wav' is .* it should have an intent and slots"),
+    ],
+)
+def test_barista_names_a_broken_label_file(tmp_path, content, message):
+    write_tone(tmp_path / "data/speech/clean/a.wav", 0.2)
+    (tmp_path / "data/label").mkdir()
+    (tmp_path / "data/label/label.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        prepare_barista(tmp_path, tmp_path / "out")
 
 
 def test_barista_matches_files_by_stem_and_names_what_it_skips(tmp_path):
@@ -106,6 +137,48 @@ def test_librispeech_reports_what_has_no_partner(tmp_path):
     manifest = read_manifest(tmp_path / "out/train.jsonl")
     assert [(row["id"], row["text"], row["speaker"]) for row in manifest][1] == ("19-198-0001", "GOOD DAY", "19")
     assert {row["id"] for row in read(tmp_path / "out/skipped.jsonl")} == {"19-198-0002", "19-198-0009"}
+
+
+def test_librispeech_download_checks_the_archive_and_leaves_no_half_subset(tmp_path, monkeypatch):
+    write_tone(tmp_path / "made/LibriSpeech/dev-clean/7/1/7-1-0000.flac", 1.0)
+    (tmp_path / "made/LibriSpeech/dev-clean/7/1/7-1.trans.txt").write_text("7-1-0000 A TEST\n")
+    server, corpus = tmp_path / "server", tmp_path / "corpus"
+    server.mkdir()
+    with tarfile.open(server / "dev-clean.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "made/LibriSpeech", "LibriSpeech")
+    monkeypatch.setattr(librispeech, "ARCHIVES_URL", server.as_uri())
+    (server / "md5sum.txt").write_text(f"{'0' * 32}  dev-clean.tar.gz\n")
+    with pytest.raises(ValueError, match="dev-clean.tar.gz has MD5 .*, not 0000"):
+        librispeech.download_librispeech(corpus, ["dev-clean"])
+    assert list(corpus.iterdir()) == []
+    md5 = hashlib.md5((server / "dev-clean.tar.gz").read_bytes()).hexdigest()
+    (server / "md5sum.txt").write_text(f"{md5}  dev-clean.tar.gz\n")
+    librispeech.download_librispeech(corpus, ["dev-clean"])
+    assert [path.name for path in corpus.iterdir()] == ["LibriSpeech"]
+    assert prepare_librispeech(corpus, tmp_path / "out") == {"dev-clean": 1, "skipped": 0}
+
+
+def test_librispeech_download_without_a_server_ends_with_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(librispeech, "ARCHIVES_URL", (tmp_path / "nowhere").as_uri())
+    with pytest.raises(SystemExit) as end:
+        librispeech.main(
+            ["--download", "--corpus-dir", str(tmp_path / "corpus"), "--output-dir", str(tmp_path / "out")]
+        )
+    assert end.value.code == 2 and "cannot be reached or lacks a subset" in capsys.readouterr().err
+
+
+def test_a_file_in_the_way_of_the_output_folder_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="taken cannot be made, a file is in its way"):
+        prepare_synthetic_commands(None, tmp_path / "taken", num_train=1, num_test=1)
+
+
+def test_synthetic_commands_come_out_bit_identical(tmp_path):
+    for name in ("one", "two"):
+        prepare_synthetic_commands(None, tmp_path / name, num_train=4, num_test=2, seed=3)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert len(files) == 8
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
 
 
 def test_a_synthetic_sentence_sounds_the_same_after_any_other():

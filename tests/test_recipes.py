@@ -1,4 +1,4 @@
-"""Every recipe on a tiny random teacher and generated audio: two steps, a resume, scores, and a student for stock tools."""
+"""Every recipe on a tiny random teacher and generated audio: two steps, scores, and a student for stock tools."""
 
 import json
 import subprocess
@@ -42,7 +42,10 @@ def arguments(path: Path, teacher: str, manifest: Path, labels: Path, *more: str
         "data.num_workers": 0,
         "decoding.max_new_tokens": 6,
         "decoding.num_workers": 0,
-        "filters": '{"max_wer": null, "min_mean_logprob": null, "max_compression_ratio": null, "max_repeated_5grams": null}',
+        "filters.max_wer": "null",
+        "filters.min_mean_logprob": "null",
+        "filters.max_compression_ratio": "null",
+        "filters.max_repeated_5grams": "null",
         "trainer.output_dir": manifest.parent / "run",
         "trainer.max_steps": 2,
         "trainer.save_steps": 1,

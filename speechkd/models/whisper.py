@@ -170,12 +170,18 @@ class Decoded:
 
 
 class _GreedyLogprobs(LogitsProcessor):
-    """Records the log-probability of each step's most likely token, after all other processors."""
+    """Rules timestamps out and records the log-probability of each step's most likely token; runs after all others.
 
-    def __init__(self) -> None:
+    A weak student may emit timestamps unasked, on which transformers would cut the clip and decode its rest again.
+    """
+
+    def __init__(self, no_timestamps: int) -> None:
+        self.no_timestamps = no_timestamps
         self.steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self.no_timestamps + 1 :] = -torch.inf
         self.steps.append(scores.amax(dim=-1).float() - scores.float().logsumexp(dim=-1))
         return scores
 
@@ -203,7 +209,7 @@ def greedy_decode(
     Returns:
         One result per clip, in order.
     """
-    recorder = _GreedyLogprobs()
+    recorder = _GreedyLogprobs(tokens.no_timestamps)
     forced: dict[str, Any] = {} if language is None else {"language": language, "task": task}
     sequences = model.generate(
         encoder_outputs=BaseModelOutput(last_hidden_state=encoder_states),
