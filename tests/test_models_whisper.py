@@ -129,6 +129,21 @@ def test_mean_logprob_is_that_of_the_decoded_tokens():
         inputs = torch.tensor([[model.generation_config.decoder_start_token_id or 50258, *text_ids]])
         with torch.no_grad():
             logits = model(encoder_outputs=(states[row : row + 1],), decoder_input_ids=inputs).logits[0, :-1]
+        logits[:, TOKENS.no_timestamps + 1 :] = -torch.inf  # no timestamps were asked for
         expected = logits.log_softmax(-1).gather(1, torch.tensor(text_ids)[:, None]).mean().item()
         assert result.mean_logprob == pytest.approx(expected, abs=1e-4)
         assert not result.finished and len(text_ids) == 5
+
+
+def test_a_student_that_wants_to_emit_timestamps_is_kept_to_text():
+    model = tiny_whisper(decoder_layers=1)
+    with torch.no_grad():
+        model.proj_out.weight[TOKENS.no_timestamps + 1 :] += 5 * model.model.decoder.layer_norm.bias.sign() + 1.0
+        model.model.decoder.layer_norm.bias += 1.0  # every timestamp now has by far the highest logit
+    states = torch.randn(2, 1500, 16)
+    start = torch.full((2, 1), TOKENS.start_of_transcript)
+    with torch.no_grad():
+        favourite = model(encoder_outputs=(states,), decoder_input_ids=start).logits[:, -1].argmax(dim=-1)
+    assert (favourite > TOKENS.no_timestamps).all()
+    for result in greedy_decode(model, states, TOKENS, language=None, max_new_tokens=4):
+        assert max(result.token_ids) <= TOKENS.no_timestamps
