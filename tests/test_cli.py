@@ -1,0 +1,55 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from speechkd import doctor
+from speechkd.cli import exit_codes, main
+
+
+def test_label_and_evaluate_print_json_and_finish_with_0(tiny_teacher, tone_manifest, tmp_path, capsys):
+    common = ["--manifest", str(tone_manifest), "--max-new-tokens", "5", "--json"]
+    main(["label", "--teacher", tiny_teacher, "--output-dir", str(tmp_path / "labels"), *common])
+    assert json.loads(capsys.readouterr().out)["num_utterances"] == 6
+    main(["evaluate", "--model", tiny_teacher, "--output-dir", str(tmp_path / "scores"), *common])
+    assert json.loads(capsys.readouterr().out)["num_utterances"] == 6
+
+
+def test_bad_input_ends_with_2_and_its_message(tmp_path):
+    arguments = ["label", "--teacher", "bundled:whisper-base"]
+    arguments += ["--manifest", str(tmp_path / "no.jsonl"), "--output-dir", str(tmp_path / "out")]
+    code = "import sys; from speechkd.cli import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    assert "no.jsonl does not exist; write it with a script of data_prep/" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_with_1_and_a_bug_keeps_its_traceback():
+    with pytest.raises(SystemExit) as error, exit_codes():
+        raise FloatingPointError("the loss is nan")
+    assert error.value.code == 1
+    with pytest.raises(KeyError), exit_codes():
+        raise KeyError("bug")
+
+
+def test_doctor_says_why_a_cpu_stays_in_float32(tone_manifest):
+    facts = doctor.examine(str(tone_manifest))
+    assert facts["manifest"]["num_utterances"] == 6
+    assert facts["matmul_gflops"]["float32"] > 0
+    if "cores" in facts["device"] and facts["matmul_gflops"]["bfloat16"] < facts["matmul_gflops"]["float32"]:
+        assert any("keep float32" in advice for advice in facts["advice"])
+
+
+@pytest.mark.parametrize("command", ["label", "evaluate", "doctor"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0 and "--json" in capsys.readouterr().out
