@@ -13,7 +13,13 @@ from speechkd.labels.filters import (
 )
 
 TEN_WORDS = "one day we will all go home to sleep well"
-OFF = {"min_mean_logprob": None, "max_compression_ratio": None, "max_repeated_5grams": None, "drop_all_caps": False}
+OFF = {
+    "min_mean_logprob": None,
+    "max_compression_ratio": None,
+    "max_repeated_5grams": None,
+    "drop_all_caps": False,
+    "drop_unfinished": False,
+}
 
 
 def label(text, reference=None, mean_logprob=-0.2, seconds=3.6, key="utt"):
@@ -168,8 +174,14 @@ def test_report_counts_what_each_filter_alone_keeps_and_all_together():
     kept, report = apply_filters(rows, FilterConfig(max_wer=10.0, max_compression_ratio=None))
     assert kept == [GOOD]
     counts = json.loads(json.dumps(report.as_dict()))
-    assert list(counts["filters"]) == ["max_wer", "min_mean_logprob", "max_repeated_5grams", "drop_all_caps"]
-    assert [one["kept_utterances"] for one in counts["filters"].values()] == [3, 3, 4, 3]
+    assert list(counts["filters"]) == [
+        "max_wer",
+        "min_mean_logprob",
+        "max_repeated_5grams",
+        "drop_all_caps",
+        "drop_unfinished",
+    ]
+    assert [one["kept_utterances"] for one in counts["filters"].values()] == [3, 3, 4, 3, 4]
     assert counts["filters"]["max_wer"]["kept_hours"] == pytest.approx(0.012)
     assert counts["filters"]["max_wer"]["kept_share"] == 0.75
     assert counts["kept"] == {"kept_utterances": 1, "kept_hours": pytest.approx(0.001), "kept_share": 0.25}
@@ -244,3 +256,10 @@ def test_only_labels_without_an_error_pass_a_wer_of_zero():
     row = label(TEN_WORDS.replace("sleep", "sheep"), TEN_WORDS)
     kept, _ = apply_filters([GOOD, row], FilterConfig(max_wer=0.0, wer_rule="<="))
     assert kept == [GOOD]
+
+
+def test_a_label_that_the_length_limit_cut_off_is_dropped():
+    row = {"text": "a b", "mean_logprob": -0.1, "compression_ratio": 0.5, "duration_seconds": 1.0, "reference": None}
+    rows = [{**row, "id": "ended", "finished": True}, {**row, "id": "cut", "finished": False}]
+    assert [kept["id"] for kept in apply_filters(rows, FilterConfig())[0]] == ["ended"]
+    assert len(apply_filters(rows, FilterConfig(drop_unfinished=False))[0]) == 2

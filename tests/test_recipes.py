@@ -46,6 +46,7 @@ def arguments(path: Path, teacher: str, manifest: Path, labels: Path, *more: str
         "filters.min_mean_logprob": "null",
         "filters.max_compression_ratio": "null",
         "filters.max_repeated_5grams": "null",
+        "filters.drop_unfinished": "false",  # a random teacher never ends
         "trainer.output_dir": manifest.parent / "run",
         "trainer.max_steps": 2,
         "trainer.save_steps": 1,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def model_card(run: dict[str, Any], metrics: dict[str, dict[str, Any]] | None = 
         Markdown with the Hub's YAML header.
     """
     teacher = run["teacher"]
-    base_model = [] if teacher is None or ":" in teacher["name"] else [f"base_model: {teacher['name']}"]
+    is_hub_id = teacher is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher["name"])
+    base_model = [f"base_model: {teacher['name']}"] if teacher is not None and is_hub_id else []
     lines = [
         "---",
         "library_name: transformers",

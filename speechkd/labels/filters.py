@@ -31,6 +31,7 @@ class FilterConfig:
         max_repeated_5grams: how many five-word (or five-digit) runs may repeat an earlier one. 1 leaves one phrase said
             twice and drops loops, also short ones such as seven times the same digit.
         drop_all_caps: drop labels in capitals only; those without any cased letter stay.
+        drop_unfinished: drop labels that the length limit cut off; without an end token they teach a student to run on.
     """
 
     max_wer: float | None = None
@@ -40,6 +41,7 @@ class FilterConfig:
     max_compression_ratio: float | None = 2.4
     max_repeated_5grams: int | None = 1
     drop_all_caps: bool = True
+    drop_unfinished: bool = True
 
     def __post_init__(self) -> None:
         if self.wer_rule not in ("<", "<="):
@@ -222,6 +224,8 @@ def _active_filters(config: FilterConfig) -> dict[str, Callable[[dict[str, Any]]
         filters["max_repeated_5grams"] = lambda row: repeated_ngrams(row["text"])[0] <= max_repeated
     if config.drop_all_caps:
         filters["drop_all_caps"] = lambda row: not all_caps(row["text"])
+    if config.drop_unfinished:
+        filters["drop_unfinished"] = lambda row: row.get("finished", True)
     return filters
 
 
