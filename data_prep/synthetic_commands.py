@@ -218,7 +218,7 @@ def synthesize(text: str, speaker: Speaker, library_path: str, data_path: str) -
 
 
 def prepare_synthetic_commands(
-    corpus_dir: str | Path | None, output_dir: str | Path, *, num_train: int = 2000, num_test: int = 200, seed: int = 0
+    corpus_dir: str | Path | None, output_dir: str | Path, *, num_train: int = 120, num_test: int = 40, seed: int = 0
 ) -> dict[str, Any]:
     """Write train.jsonl and test.jsonl of synthetic speech: other sentences in each, by the same voices.
 
@@ -276,8 +276,8 @@ def _write(
 
 def main(argv: list[str] | None = None) -> None:
     parser = corpus_parser(__doc__)
-    parser.add_argument("--num-train", type=int, default=2000, help="training utterances (2000)")
-    parser.add_argument("--num-test", type=int, default=200, help="test utterances (200)")
+    parser.add_argument("--num-train", type=int, default=120, help="training utterances (2000)")
+    parser.add_argument("--num-test", type=int, default=40, help="test utterances (200)")
     parser.add_argument("--seed", type=int, default=0, help="of sentences and speakers (0)")
     arguments = parser.parse_args(argv)
     numbers = {name: getattr(arguments, name) for name in ("num_train", "num_test", "seed")}

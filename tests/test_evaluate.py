@@ -1,6 +1,8 @@
 import json
 
 import pytest
+import torch
+from conftest import tiny_whisper
 
 from speechkd.data.manifest import write_manifest
 from speechkd.evaluate import evaluate_asr, real_time_factor_inverse
@@ -62,10 +64,15 @@ def test_an_output_folder_of_another_model_is_refused(tiny_teacher, tone_manifes
         evaluate_asr(str(tmp_path / "other"), tone_manifest, tmp_path / "out", decoding=DECODING)
 
 
-def test_a_decoder_of_fewer_layers_takes_less_time_per_token():
-    import torch
-    from conftest import tiny_whisper
+def test_decoding_is_timed_for_exactly_the_tokens_asked_for():
+    models = [tiny_whisper(decoder_layers=2), tiny_whisper(decoder_layers=1)]
+    steps = [0, 0]
 
-    models = [tiny_whisper(decoder_layers=8), tiny_whisper(decoder_layers=1)]
-    deep, shallow = decode_seconds_per_token(models, torch.randn(2, 1500, 16), num_tokens=8, num_rounds=3)
-    assert 0 < shallow < deep
+    def count(index: int) -> None:
+        steps[index] += 1
+
+    for index, model in enumerate(models):
+        model.model.decoder.register_forward_hook(lambda *_, index=index: count(index))
+    seconds = decode_seconds_per_token(models, torch.randn(2, 1500, 16), num_tokens=8, num_rounds=2)
+    assert len(seconds) == 2 and min(seconds) > 0
+    assert steps == [8 * 3, 8 * 3]  # a round that is not counted, and two that are

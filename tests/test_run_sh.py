@@ -1,0 +1,47 @@
+"""recipes/distil_whisper/run.sh as a user calls it, with a tiny random teacher."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.recipe
+
+
+def run_sh(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "recipes/distil_whisper/run.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+def test_wrong_words_end_with_2_and_say_what_would_do(tmp_path):
+    done = run_sh(tmp_path, "timit")
+    assert done.returncode == 2 and "there are: barista fsdd librispeech quickstart" in done.stderr
+    done = run_sh(tmp_path, "fsdd", "--stage", "9")
+    assert done.returncode == 2 and "a stage is 1, 2, 3 or 4, not '9'" in done.stderr
+    done = run_sh(tmp_path, "fsdd", "--corpus-dir")
+    assert done.returncode == 2 and "--corpus-dir needs a value" in done.stderr
+    done = run_sh(tmp_path, "fsdd", "--corpus-dir", "nowhere")
+    assert done.returncode == 2 and "nowhere does not exist; give --corpus-dir a folder with recordings/" in done.stderr
+    done = run_sh(tmp_path, "fsdd", "--trainer.learning_rat", "1")
+    assert done.returncode == 2 and "trainer.learning_rat" in done.stderr
+
+
+def test_all_stages_run_once_and_a_changed_configuration_is_refused(tmp_path, tiny_teacher):
+    options = ["--teacher.name", tiny_teacher, "--trainer.max_steps", "2", "--decoding.max_new_tokens", "4"]
+    options += ["--filters.min_mean_logprob=null", "--filters.max_wer=null", "--filters.drop_unfinished=false"]
+    options += ["--filters.max_repeated_5grams=null", "--student.decoder_layers=2"]
+    first = run_sh(tmp_path, "quickstart", *options)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "| student after |" in first.stdout and "synthetic" in first.stdout
+    assert (tmp_path / "exp/distil_whisper/quickstart/student/model.safetensors").is_file()
+    again = run_sh(tmp_path, "quickstart", *options)
+    assert again.stdout.count("finished before, skipped") == 4
+    changed = run_sh(tmp_path, "quickstart", *options, "--loss.kl=0.5")
+    assert changed.returncode == 2 and "loss.kl was 1.0, now 0.5" in changed.stderr and "--force" in changed.stderr
+    forced = run_sh(tmp_path, "quickstart", *options, "--loss.kl=0.5", "--force")
+    assert forced.returncode == 0, forced.stderr[-2000:]
+    assert forced.stdout.count("finished before, skipped") == 2  # data and labels did not change
