@@ -276,8 +276,8 @@ def _write(
 
 def main(argv: list[str] | None = None) -> None:
     parser = corpus_parser(__doc__)
-    parser.add_argument("--num-train", type=int, default=120, help="training utterances (2000)")
-    parser.add_argument("--num-test", type=int, default=40, help="test utterances (200)")
+    parser.add_argument("--num-train", type=int, default=120, help="training utterances (120)")
+    parser.add_argument("--num-test", type=int, default=40, help="test utterances (40)")
     parser.add_argument("--seed", type=int, default=0, help="of sentences and speakers (0)")
     arguments = parser.parse_args(argv)
     numbers = {name: getattr(arguments, name) for name in ("num_train", "num_test", "seed")}
