@@ -1,7 +1,10 @@
 """Small real objects that several tests need: recordings on disk and a tiny random Whisper."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may wait for a network
 
 import pytest
 import soundfile
