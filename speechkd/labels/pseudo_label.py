@@ -172,8 +172,9 @@ def _label(
         for batch in batches:
             skipped += batch.skipped
             if batch.utterances:
-                if not warm:  # the first pass pays for allocation and kernel selection; its time is not kept
-                    _label_batch(model, log_mel, batch, tokens, tokenizer, decoding)
+                if not warm:  # the first pass pays for loading and kernel selection; its time is not kept
+                    first = ClipBatch(batch.utterances[:1], batch.waveforms[:1])
+                    _label_batch(model, log_mel, first, tokens, tokenizer, decoding)
                     warm = True
                 new_rows, states = _label_batch(model, log_mel, batch, tokens, tokenizer, decoding)
                 rows += new_rows

@@ -44,11 +44,11 @@ def test_the_teacher_reads_lj_speech_well_in_every_format(tmp_path):
 
 def test_a_student_of_two_layers_nears_its_teacher_on_orders_in_a_few_steps(tmp_path: Path):
     prepare_barista(DATA / "barista", tmp_path / "data")
-    for split, number in (("train", 48), ("test", 12)):
+    for split, number in (("train", 32), ("test", 8)):
         path = tmp_path / f"data/{split}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         write_manifest(path, rows[:number])
-    decoding = DecodingConfig(max_new_tokens=64)
+    decoding = DecodingConfig(max_new_tokens=48)
     labels = tmp_path / "labels"
     for split, targets in (("train", ("text", "encoder_states")), ("test", ("text",))):
         label_manifest(
