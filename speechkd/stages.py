@@ -42,7 +42,7 @@ def begin(stamp: Path, inputs: dict[str, Any], *, force: bool, outputs: list[Pat
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         ]
-        if not force:
+        if not force and (known["finished"] or any(_has_content(output) for output in outputs)):
             raise ValueError(
                 f"{stamp.parent} was made with another configuration: {'; '.join(changed[:8])}. Add --force to make it "
                 "again, which removes it, or choose another --trainer.output_dir or --data.labels_dir"
@@ -63,6 +63,13 @@ def end(stamp: Path) -> None:
     content = json.loads(stamp.read_text(encoding="utf-8"))
     content["wall_seconds"] += time.time() - content.pop("started")
     write_json(stamp, {**content, "finished": True})
+
+
+def _has_content(output: Path) -> bool:
+    """Whether a stage left anything here but its stamp; one that failed at once need not be forced."""
+    if not output.is_dir():
+        return output.exists()
+    return any(not entry.name.startswith((".stage-", ".lock")) for entry in output.iterdir())
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -50,3 +50,12 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     save_config("a: 1\nb: 2\n", tmp_path)
     with pytest.raises(ValueError, match=r"holds another run; changed: b: 3 \(was b: 2\)"):
         save_config("a: 1\nb: 3\n", tmp_path)
+
+
+def test_a_misspelt_option_is_refused_also_when_the_configuration_is_only_printed(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_config(DistilWhisperConfig, ["--config", FSDD, "--trainer.learning_rat", "1", "--print_config"])
+    assert error.value.code == 2 and "trainer.learning_rat" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        parse_config(DistilWhisperConfig, ["--config", FSDD, "--trainer.seed", "9", "--print_config"])
+    assert error.value.code == 0 and "seed: 9" in capsys.readouterr().out

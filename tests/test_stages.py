@@ -21,3 +21,12 @@ def test_a_changed_configuration_is_refused_and_force_starts_over(tmp_path):
     assert output.exists()
     assert begin(stamp, {"trainer.seed": 2}, force=True, outputs=[output])
     assert not output.exists()
+
+
+def test_a_stage_that_failed_before_it_wrote_anything_may_be_tried_with_other_inputs(tmp_path):
+    stamp = tmp_path / "out/.stage-prepare.json"
+    begin(stamp, {"corpus_dir": "wrong"}, force=False, outputs=[tmp_path / "out"])
+    assert begin(stamp, {"corpus_dir": "right"}, force=False, outputs=[tmp_path / "out"])
+    (tmp_path / "out/half").touch()
+    with pytest.raises(ValueError, match="corpus_dir was 'right', now 'other'"):
+        begin(stamp, {"corpus_dir": "other"}, force=False, outputs=[tmp_path / "out"])
