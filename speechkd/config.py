@@ -73,7 +73,7 @@ class EvaluationConfig:
 
 
 def parse_config(config_class: type[ConfigT], argv: list[str] | None = None) -> tuple[ConfigT, str]:
-    """Read `--config FILE` and `--section.key value` overrides, the later ones winning; `--print_config` shows the result.
+    """Read `--config FILE` and `--section.key value` overrides, the later ones winning.
 
     Args:
         config_class: dataclass whose fields are sections, themselves dataclasses.
@@ -83,27 +83,22 @@ def parse_config(config_class: type[ConfigT], argv: list[str] | None = None) -> 
         The configuration and its resolved YAML, which `--config` accepts back.
 
     Raises:
-        SystemExit: with code 0 after `--print_config`; with code 2 after naming the full path of an unknown key or of a value of a wrong type.
+        SystemExit: with code 2, after naming the full path of an unknown key or of a value of a wrong type.
     """
-    parser = ArgumentParser(description=(config_class.__doc__ or "").split("\n")[0], exit_on_error=False)
+    description = (config_class.__doc__ or "").split("\n")[0]
+    # without abbreviations: a misspelt option that begins like a known one would silently be that one
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; may be given several times, later files win")
     parser.add_class_arguments(config_class)
-    arguments = sys.argv[1:] if argv is None else argv
-    # jsonargparse's own --print_config leaves before it has seen unknown options
-    only_print = "--print_config" in arguments
     try:
-        namespace = parser.parse_args([argument for argument in arguments if argument != "--print_config"])
+        namespace = parser.parse_args(argv)
         del namespace["config"]
         values = parser.instantiate_classes(namespace).as_dict()
         # dumped twice: the first pass may write 0 where the file, read back, gives 0.0
-        config, resolved_yaml = config_class(**values), parser.dump(parser.parse_string(parser.dump(namespace)))
+        return config_class(**values), parser.dump(parser.parse_string(parser.dump(namespace)))
     except (ArgumentError, ValueError, OSError) as error:
         sys.stderr.write(f"error: {_with_full_path(str(error), list(parser.get_defaults().keys()))}\n")
         raise SystemExit(2) from None
-    if only_print:
-        sys.stdout.write(resolved_yaml)
-        raise SystemExit(0)
-    return config, resolved_yaml
 
 
 def _with_full_path(message: str, known_keys: list[str]) -> str:
