@@ -33,5 +33,5 @@ test-e2e: install
 test-gpu: install
 	pytest -m gpu tests/gpu
 
-clean:
-	rm -rf build dist exp data *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean:                              # exp/ and data/ hold results and stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
