@@ -49,7 +49,7 @@ class WhisperLogMel(nn.Module):
         if num_samples > WINDOW_SAMPLES:
             raise ValueError(
                 f"a clip of {num_samples / SAMPLE_RATE_HZ:.2f} s is longer than Whisper's window of 30 s; "
-                "cut it, or leave it out with data.max_duration_seconds=30"
+                "cut it into shorter clips"
             )
         waveforms = F.pad(waveforms.float(), (0, WINDOW_SAMPLES - num_samples))
         with torch.autocast(waveforms.device.type, enabled=False):
