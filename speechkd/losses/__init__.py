@@ -1,1 +1,1 @@
-"""Distillation losses: pure functions, masked, summed, in float32."""
+"""Distillation losses under one contract: see README.md here for which to choose."""
