@@ -34,4 +34,4 @@ test-gpu: install
 	pytest -m gpu tests/gpu
 
 clean:                              # exp/ and data/ hold results and stay
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

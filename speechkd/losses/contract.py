@@ -36,8 +36,8 @@ def scored_rows(
     Raises:
         ValueError: shapes, vocabularies, mask or temperature do not fit, or there is no token at all.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {float(temperature)}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {float(temperature)}")
     student_logits, teacher_logits = same_vocabulary(student_logits, teacher_logits)
     mask = check_mask(mask, student_logits)
     student = as_float(student_logits)
@@ -93,11 +93,13 @@ def check_labels(labels: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
     """The mask of the scored tokens: those with a label, and in the mask if there is one.
 
     Raises:
-        ValueError: labels have another shape, or one is neither -100 nor an id of the vocabulary.
+        ValueError: labels have another shape or dtype, or one is neither -100 nor an id of the vocabulary.
     """
     mask = check_mask(mask, logits)
     if labels.shape != mask.shape:
         raise ValueError(f"labels are {tuple(labels.shape)}, the logits {tuple(logits.shape)} need {tuple(mask.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 token ids, got {labels.dtype}; pass labels.long()")
     vocabulary = logits.shape[-1]
     wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))
     if wrong.any():
@@ -134,7 +136,7 @@ def log_mix(weight: float, log_a: Tensor, log_b: Tensor) -> Tensor:
     if weight == 0:
         return log_b
     if weight == 1:
-        return log_a
+        return log_a + 0 * log_b  # keeps the graph, with a gradient of 0
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
 
 
@@ -172,7 +174,7 @@ def reduce_rows(loss: Tensor, mask: Tensor, reduction: Reduction, num_items: Ten
         reduction: "token_mean" is the sum over `num_items`, by default over the scored tokens; "seq_mean" the mean of
             the sequences' token means, over `num_items` sequences or over those with a scored token; "sum"; "none"
             gives (...) with 0 where the mask is False.
-        num_items: divisor of a mean, for batches that are parts of a larger one.
+        num_items: divisor of a mean, for batches that are parts of a larger one; 0 where that has no scored token.
 
     Returns:
         0-dim, or (...). Without any scored token it is 0 and still has a graph.
@@ -182,8 +184,10 @@ def reduce_rows(loss: Tensor, mask: Tensor, reduction: Reduction, num_items: Ten
     """
     if reduction == "sum":
         return loss.sum()
+    if not loss.numel():
+        num_items = 1  # the larger batch may have no scored token either: 0 / 0 would be NaN
     if reduction == "token_mean":
-        return loss.sum() / (max(loss.numel(), 1) if num_items is None else num_items)
+        return loss.sum() / (loss.numel() if num_items is None else num_items)
     if reduction not in ("none", "seq_mean"):
         raise ValueError(f"reduction must be token_mean, sum, seq_mean or none, got {reduction!r}")
     per_token = loss.new_zeros(mask.shape).masked_scatter(mask, loss)
@@ -193,4 +197,4 @@ def reduce_rows(loss: Tensor, mask: Tensor, reduction: Reduction, num_items: Ten
         raise ValueError(f"seq_mean needs logits (batch, length, vocabulary), got tokens {tuple(mask.shape)}")
     num_tokens = mask.sum(dim=-1)
     means = per_token.sum(dim=-1) / num_tokens.clamp(min=1)
-    return means.sum() / ((num_tokens > 0).sum().clamp(min=1) if num_items is None else num_items)
+    return means.sum() / ((num_tokens > 0).sum() if num_items is None else num_items)

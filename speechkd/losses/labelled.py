@@ -74,7 +74,7 @@ def atkd(
     labels, student, teacher, mask = _labelled_rows(student_logits, teacher_logits, mask, labels, temperature)
     log_rest, target, non_target = _decoupled_rows(*log_probs(student, teacher, temperature), labels)
     easy = log_rest < _median(log_rest)
-    num_easy, num_hard = easy.sum().clamp(min=1), (~easy).sum().clamp(min=1)
+    num_easy, num_hard = (group.sum(dtype=log_rest.dtype).clamp(min=1) for group in (easy, ~easy))
     weight = torch.where(easy, easy_weight / num_easy, (1 - easy_weight) / num_hard) * len(easy)
     loss = weight * torch.where(easy, non_target, target + non_target)
     return reduce_rows(loss * squared(temperature, scale_t2), mask, reduction, num_items)
@@ -102,10 +102,12 @@ def token_scaled_kd(
     Logits must be (batch, length, vocabulary).
     """
     if labels.ndim < 2:
-        raise ValueError(f"token_scaled_kd weighs within sequences; labels must be (batch, length), got {labels.shape}")
+        raise ValueError(
+            f"token_scaled_kd weighs within sequences; labels must be (batch, length), got {tuple(labels.shape)}"
+        )
     labels, student, teacher, mask = _labelled_rows(student_logits, teacher_logits, mask, labels, temperature)
     log_q, log_p = log_probs(student, teacher, temperature)
-    difficulty = F.cross_entropy(teacher, labels, reduction="none")
+    difficulty = F.cross_entropy(teacher, labels, reduction="none").clamp(max=-NEVER)  # the teacher may rule one out
     table = difficulty.new_full(mask.shape, -torch.inf).masked_scatter(mask, difficulty / scale_temperature)
     weight = (table.softmax(dim=-1) * mask.sum(dim=-1, keepdim=True))[mask]
     loss = -weight * (log_p.exp() * log_q).sum(dim=-1)
@@ -137,7 +139,7 @@ def self_evolution_kd(
     labels, student, teacher, mask = _labelled_rows(student_logits, teacher_logits, mask, labels, temperature)
     log_q, log_p = log_probs(student, teacher, temperature)
     log_label = torch.full_like(log_p, NEVER).scatter(-1, labels[:, None], 0.0)
-    log_r = log_mix(label_weight, log_label, log_p)
+    log_r = log_mix(label_weight, log_label, log_p).masked_fill(log_p == NEVER, NEVER)  # a label may be ruled out
     plain = kl_rows(log_r, log_q)
     limit = _median(plain.detach()) if threshold is None else threshold
     helped = kl_rows(log_r, log_mix(prior_weight, log_r, log_q))
@@ -151,10 +153,15 @@ class QuantileBounds(nn.Module):
     Args:
         top_k: likeliest ids that it reads.
         hidden: width of its one hidden layer.
+
+    Raises:
+        ValueError: top_k is below 1.
     """
 
     def __init__(self, top_k: int = 256, hidden: int = 64) -> None:
         super().__init__()
+        if top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {top_k}")
         self.top_k = top_k
         self.layers = nn.Sequential(nn.Linear(2 * top_k, hidden), nn.GELU(), nn.Linear(hidden, 2))
 

@@ -6,7 +6,7 @@ Arguments, errors and reductions are those of `logits`.
 import torch
 from torch import Tensor
 
-from speechkd.losses.contract import Number, Reduction, kl_rows, log_probs, reduce_rows, scored_rows, squared
+from speechkd.losses.contract import NEVER, Number, Reduction, kl_rows, log_probs, reduce_rows, scored_rows, squared
 
 
 def logit_mse(
@@ -58,14 +58,14 @@ def standardized_kl(
 
 
 def _standardize(logits: Tensor, known: Tensor) -> Tensor:
-    """Rows with mean 0 and deviation 1 over their known ids; the others become -inf."""
+    """Rows with mean 0 and deviation 1 over their known ids; the others are ruled out."""
     count = known.sum(dim=-1, keepdim=True)
     centred = torch.where(known, logits, 0.0)
     centred = torch.where(known, centred - centred.sum(dim=-1, keepdim=True) / count.clamp(min=1), 0.0)
     variance = centred.square().sum(dim=-1, keepdim=True) / (count - 1).clamp(min=1)
     # a constant row has deviation 0, where the root has no derivative
     deviation = torch.where(variance > 0, variance, 1.0).sqrt() * (variance > 0)
-    return torch.where(known, centred / (deviation + 1e-7), -torch.inf)
+    return torch.where(known, centred / (deviation + 1e-7), NEVER)
 
 
 def luminet(
@@ -85,15 +85,18 @@ def luminet(
     gradient couples the tokens, so parts of a batch do not add up to the whole.
     """
     student, teacher, mask = scored_rows(student_logits, teacher_logits, mask, temperature)
-    log_q, log_p = log_probs(_standardize_columns(student), _standardize_columns(teacher), temperature)
+    known = ~(torch.isneginf(student) | torch.isneginf(teacher))
+    log_q, log_p = log_probs(_standardize_columns(student, known), _standardize_columns(teacher, known), temperature)
     return reduce_rows(kl_rows(log_p, log_q) * alpha**2, mask, reduction, num_items)
 
 
-def _standardize_columns(rows: Tensor) -> Tensor:
-    if not len(rows):
-        return rows
-    variance, mean = torch.var_mean(rows, dim=0, correction=0)
-    return (rows - mean) / (variance + 1e-5).sqrt()
+def _standardize_columns(logits: Tensor, known: Tensor) -> Tensor:
+    """Each id with mean 0 and deviation 1 over the rows that know it; in the others it is ruled out."""
+    count = known.sum(dim=0).clamp(min=1)
+    mean = torch.where(known, logits, 0.0).sum(dim=0) / count
+    centred = torch.where(known, logits - mean, 0.0)
+    variance = centred.square().sum(dim=0) / count
+    return torch.where(known, centred / (variance + 1e-5).sqrt(), NEVER)
 
 
 def sinkhorn_kd(

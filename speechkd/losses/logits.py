@@ -113,6 +113,7 @@ def hinton_kd(
     has 0.8 and 1.0 at temperature 2.
     """
     student_logits, teacher_logits = same_vocabulary(student_logits, teacher_logits)
+    student_logits = as_float(student_logits)  # once, so that both terms' gradients add up in float32
     mask = check_labels(labels, student_logits, mask)
     labels = labels.masked_fill(~mask, IGNORE_INDEX)
     hard = cross_entropy(student_logits, labels, reduction=reduction, num_items=num_items)
