@@ -5,6 +5,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from speechkd.models.whisper import (
     choose_layers,
+    decoder_states,
     encoders_equal,
     freeze_student,
     greedy_decode,
@@ -107,6 +108,18 @@ def test_a_student_of_all_layers_answers_as_its_teacher():
     inputs = {"input_features": torch.randn(1, 80, 3000), "decoder_input_ids": torch.tensor([[50258, 50259, 50359]])}
     with torch.no_grad():
         torch.testing.assert_close(student(**inputs).logits, teacher(**inputs).logits, rtol=0, atol=0)
+
+
+def test_decoder_states_and_the_head_give_the_models_logits():
+    model = tiny_whisper(decoder_layers=1)
+    inputs = {"input_features": torch.randn(1, 80, 3000), "decoder_input_ids": torch.tensor([[50258, 50259, 50359]])}
+    with torch.no_grad():
+        states, head = decoder_states(model, **inputs)
+        assert states.shape == (1, 3, 16)
+        torch.testing.assert_close(states @ head.T, model(**inputs).logits)
+        with pytest.raises(AttributeError):  # an error inside leaves the head in its place
+            decoder_states(model, decoder_input_ids=inputs["decoder_input_ids"])
+        assert model(**inputs).logits.shape == (1, 3, 51865)
 
 
 def test_alignment_heads_never_point_at_a_missing_layer():

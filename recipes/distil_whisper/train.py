@@ -31,8 +31,8 @@ from speechkd.files import write_json
 from speechkd.labels.filters import FilterConfig
 from speechkd.labels.pseudo_label import DecodingConfig
 from speechkd.labels.teacher_cache import LabelStore, check_teacher
-from speechkd.losses.logits import cross_entropy, forward_kl
-from speechkd.models.whisper import choose_layers, encoders_equal, freeze_student, student_from_teacher
+from speechkd.losses.fused import fused_linear_cross_entropy, fused_linear_distillation
+from speechkd.models.whisper import choose_layers, decoder_states, encoders_equal, freeze_student, student_from_teacher
 from speechkd.teachers import check_vocabularies, load_processor, load_whisper, teacher_identity
 from speechkd.trainer import Batch, DistillationArguments, DistillationTrainer
 
@@ -143,18 +143,23 @@ def loss_terms(
         if shared_encoder is not None:
             with torch.no_grad():
                 inputs = teacher_inputs = {"encoder_outputs": (shared_encoder(features).last_hidden_state,)}
-    mask = labels >= 0
-    student_logits = model(**inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits[mask]
-    terms = {"cross_entropy": cross_entropy(student_logits, labels[mask], reduction="sum")}
-    total = weights.cross_entropy * terms["cross_entropy"]
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_logits = teacher(**teacher_inputs, decoder_input_ids=decoder_input_ids, use_cache=False).logits[
-                mask
-            ]
-        terms["kl"] = forward_kl(student_logits, teacher_logits, temperature=weights.temperature, reduction="sum")
-        total = total + weights.kl * terms["kl"]
-    return total, terms
+    student, head = decoder_states(model, **inputs, decoder_input_ids=decoder_input_ids)
+    if teacher is None:
+        loss = fused_linear_cross_entropy(student, head, labels, reduction="sum")
+        return weights.cross_entropy * loss, {"cross_entropy": loss.detach()}
+    with torch.no_grad():
+        teacher_states = decoder_states(teacher, **teacher_inputs, decoder_input_ids=decoder_input_ids)
+    total, terms = fused_linear_distillation(
+        student,
+        head,
+        *teacher_states,
+        labels,
+        label_weight=weights.cross_entropy,
+        kd_weight=weights.kl,
+        temperature=weights.temperature,
+        reduction="sum",
+    )
+    return total, {"cross_entropy": terms["cross_entropy"], "kl": terms["divergence"]}
 
 
 def count_items(batch: Batch) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -150,6 +151,26 @@ def encoders_equal(first: WhisperForConditionalGeneration, second: WhisperForCon
     """Whether two models have bit-equal encoders, so that one can stand for both while it is frozen."""
     ours, theirs = first.model.encoder.state_dict(), second.model.encoder.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def decoder_states(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """What the output head would be applied to, and its weight, for losses that never make all logits.
+
+    The head is skipped inside the model's own forward pass, which is what data-parallel wrappers need to see.
+
+    Args:
+        model: a Whisper, wrapped or not.
+        inputs: of its forward pass.
+
+    Returns:
+        Last decoder states, (batch, length, dim), and the head's weight, (vocabulary, dim).
+    """
+    head = extract_model_from_parallel(model).get_output_embeddings()
+    head.forward = lambda states: states
+    try:
+        return model(**inputs, use_cache=False).logits, head.weight
+    finally:
+        del head.forward
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ Real weights (bundled:whisper-base), random audio: time does not depend on what 
 """
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import median_seconds, peak_extra_mib, pin_allocator
+from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +19,7 @@ from train import LossConfig, loss_terms  # noqa: E402
 
 from speechkd.data.features import WhisperLogMel  # noqa: E402
 from speechkd.doctor import hardware_name  # noqa: E402
+from speechkd.losses.logits import hinton_kd  # noqa: E402
 from speechkd.metrics.latency import decode_seconds_per_token  # noqa: E402
 from speechkd.models.whisper import freeze_student, student_from_teacher  # noqa: E402
 from speechkd.teachers import load_whisper  # noqa: E402
@@ -45,16 +47,32 @@ def training_step(
     return step
 
 
-def median_seconds(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median time of each, taking turns; the first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(NUM_ROUNDS + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if round_number:
-                times[name].append(time.perf_counter() - started)
-    return {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
+def plain_step(
+    student: WhisperForConditionalGeneration, teacher: WhisperForConditionalGeneration
+) -> Callable[[], None]:
+    """The same step from full logits of both models."""
+    labels = torch.randint(0, 50_000, (NUM_CLIPS, NUM_TOKENS))
+    states = (torch.randn(NUM_CLIPS, 1500, 512),)
+
+    def logits(model: WhisperForConditionalGeneration) -> Tensor:
+        return model(encoder_outputs=states, decoder_input_ids=labels.roll(1, dims=1), use_cache=False).logits
+
+    def step() -> None:
+        with torch.no_grad():
+            teacher_logits = logits(teacher)
+        loss = hinton_kd(
+            logits(student),
+            teacher_logits,
+            labels=labels,
+            temperature=2.0,
+            label_weight=0.8,
+            kd_weight=1.0,
+            reduction="sum",
+        )
+        loss.backward()
+        student.zero_grad()
+
+    return step
 
 
 def main() -> None:
@@ -66,17 +84,21 @@ def main() -> None:
         states = torch.randn(batch_size, 1500, 512)
         slow, fast = decode_seconds_per_token([teacher, student], states)
         print(f"decode, batch {batch_size}: 2 layers are {slow / fast:.2f} times as fast per token as 6")
-    seconds = median_seconds(
-        {
-            "cached states": training_step(student, teacher, cached=True),
-            "live encoder": training_step(student, teacher, cached=False),
-            "cached states, no teacher": training_step(student, None, cached=True),
-        }
-    )
+    steps = {
+        "cached states": training_step(student, teacher, cached=True),
+        "cached states, full logits": plain_step(student, teacher),
+        "live encoder": training_step(student, teacher, cached=False),
+        "cached states, no teacher": training_step(student, None, cached=True),
+    }
+    seconds, memory = median_seconds(steps, NUM_ROUNDS), {name: peak_extra_mib(step) for name, step in steps.items()}
     base = seconds["cached states"]
     for name, value in seconds.items():
-        print(f"training step, {name}: {value / base:.2f} of the step with cached states ({value:.2f} s)")
+        print(
+            f"training step, {name}: {value / base:.2f} of the time with cached states ({value:.2f} processor s), "
+            f"{memory[name]:.0f} MiB above the models"
+        )
 
 
 if __name__ == "__main__":
+    pin_allocator()
     main()
