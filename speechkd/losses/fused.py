@@ -4,13 +4,12 @@ The head is a matrix (vocabulary, dim), with a bias or without. Masked tokens ar
 gradient follows from its logits in closed form, so the forward pass also makes the gradients of the hidden states and,
 unless it is frozen, of the head; the backward pass scales them. Only `reduction="none"`, where each token gets its own
 gradient from outside, computes the logits again in the backward pass. Memory beyond the inputs is the head's gradient
-and three to five chunks. Where no gradient is wanted nothing but the chunks is held.
+and three to six chunks. Where no gradient is wanted nothing but the chunks is held.
 
 Compute dtype is that of autocast where it is on, else that of the inputs; the loss itself and the sums of the gradients
 are float32 (or float64). Heads must be whole on the device: gather sharded ones first.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -18,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechkd.losses.closed_form import ValuesAndGradient, choose_divergence, forward_kl
+from speechkd.losses.chunk_terms import (
+    Teacher,
+    Term,
+    choose_divergence,
+    compute_dtype,
+    cross_entropy_term,
+    divergence_term,
+    forward_kl,
+    topk_term,
+)
 from speechkd.losses.contract import (
     Number,
     Reduction,
@@ -27,10 +35,10 @@ from speechkd.losses.contract import (
     reduce_rows,
     same_vocabulary,
 )
-from speechkd.losses.sparse import TopK, topk_divergence
+from speechkd.losses.sparse import TopK
 
 Divergence = Literal["forward_kl", "reverse_kl", "generalized_jsd", "skew_kl", "skew_reverse_kl", "total_variation"]
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # logits of a chunk; measured in tests/benchmarks/losses.py
+CHUNK_TOKENS = {"cpu": 96, "cuda": 1024}  # measured on a CPU, tests/benchmarks/losses.py
 
 
 def fused_linear_divergence(
@@ -75,7 +83,7 @@ def fused_linear_divergence(
         student_bias: (vocabulary,).
         teacher_bias: (vocabulary,).
         token_weights: constant weight of each token, (...); the divisor of a mean stays the number of tokens.
-        chunk_size: tokens whose logits are held at once; by default some 16 MB of them on a CPU, 256 MB on a GPU.
+        chunk_size: tokens whose logits are held at once; by default 96 on a CPU and 1,024 on a GPU.
 
     Returns:
         0-dim, or (...) with "none".
@@ -84,7 +92,7 @@ def fused_linear_divergence(
         ValueError: shapes, vocabularies or arguments do not fit; the message has the values.
     """
     compare = choose_divergence(divergence, beta=beta, alpha=alpha, detach_mixture=detach_mixture)
-    teacher = _Teacher(teacher_hidden, teacher_weight, teacher_bias, compare, temperature, scale_t2, target_temperature)
+    teacher = Teacher(teacher_hidden, teacher_weight, teacher_bias, compare, temperature, scale_t2, target_temperature)
     head = _Head(student_hidden, student_weight, student_bias)
     total, _ = _fused_loss(head, mask, None, 0.0, teacher, 1.0, token_weights, reduction, num_items, chunk_size)
     return total
@@ -141,7 +149,7 @@ def fused_linear_distillation(
     """
     kd_weight = 1 - label_weight if kd_weight is None else kd_weight
     compare = choose_divergence(divergence, beta=beta, alpha=alpha, detach_mixture=detach_mixture)
-    teacher = _Teacher(teacher_hidden, teacher_weight, teacher_bias, compare, temperature, scale_t2, target_temperature)
+    teacher = Teacher(teacher_hidden, teacher_weight, teacher_bias, compare, temperature, scale_t2, target_temperature)
     head = _Head(student_hidden, student_weight, student_bias)
     total, values = _fused_loss(
         head, mask, labels, label_weight, teacher, kd_weight, None, reduction, num_items, chunk_size
@@ -156,84 +164,13 @@ class _Head:
     bias: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Teacher:
-    hidden: Tensor | TopK
-    weight: Tensor | None
-    bias: Tensor | None
-    compare: Callable[[Tensor, Tensor], ValuesAndGradient]
-    temperature: float
-    scale_t2: bool
-    target_temperature: float
-
-
-# a term of the loss: (logits of a chunk, its first token, its last) to values and gradient; may overwrite the logits
-Term = Callable[[Tensor, int, int], ValuesAndGradient]
-
-
-def _cross_entropy_term(labels: Tensor) -> Term:
-    def term(logits: Tensor, start: int, stop: int) -> ValuesAndGradient:
-        index = labels[start:stop, None]
-        log_q = F.log_softmax(logits, dim=-1)
-        values = -log_q.gather(-1, index)[:, 0]
-        return values, log_q.exp_().scatter_add_(-1, index, log_q.new_full(index.shape, -1.0))
-
-    return term
-
-
-def _divergence_term(teacher: _Teacher, hidden: Tensor, head: Tensor, mask: Tensor, vocabulary: int) -> Term:
-    factor = teacher.temperature if teacher.scale_t2 else 1 / teacher.temperature  # T**2 / T
-    rows, dtype = hidden.detach()[mask], _compute_dtype(hidden, head)
-    weight = head.detach()[:vocabulary].to(dtype)
-    bias = None if teacher.bias is None else teacher.bias.detach()[:vocabulary].to(dtype)
-
-    def term(logits: Tensor, start: int, stop: int) -> ValuesAndGradient:
-        teacher_logits = F.linear(rows[start:stop].to(dtype), weight, bias).to(logits.dtype)
-        log_p = F.log_softmax(teacher_logits.div_(teacher.temperature), dim=-1)
-        del teacher_logits
-        log_q = F.log_softmax(logits.div_(teacher.temperature), dim=-1)
-        values, gradient = teacher.compare(log_q, log_p)
-        return values * (factor * teacher.temperature), gradient if factor == 1 else gradient.mul_(factor)
-
-    return term
-
-
-def _topk_term(teacher: _Teacher, targets: TopK, mask: Tensor) -> Term:
-    if targets.ids.shape[:-1] != mask.shape:
-        raise ValueError(f"top-k targets are {tuple(targets.ids.shape)}, the tokens {tuple(mask.shape)}")
-    targets = TopK(*(field[mask] for field in targets))
-
-    def term(logits: Tensor, start: int, stop: int) -> ValuesAndGradient:
-        chunk = TopK(*(field[start:stop] for field in targets))
-        with torch.enable_grad():
-            leaf = logits.detach().requires_grad_()
-            values = topk_divergence(
-                leaf,
-                chunk,
-                temperature=teacher.temperature,
-                target_temperature=teacher.target_temperature,
-                scale_t2=teacher.scale_t2,
-                reduction="none",
-            )
-            (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        return values.detach(), gradient
-
-    return term
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
-
-
 @torch.compiler.disable  # how many tokens are scored is data; compiled code around the loss keeps its own graphs
 def _fused_loss(
     head: _Head,
     mask: Tensor | None,
     labels: Tensor | None,
     label_weight: float,
-    teacher: _Teacher | None,
+    teacher: Teacher | None,
     kd_weight: float,
     token_weights: Tensor | None,
     reduction: Reduction,
@@ -246,12 +183,12 @@ def _fused_loss(
     vocabulary = logits.shape[-1]
     terms: list[tuple[float, Term]] = []
     if labels is not None:
-        terms.append((label_weight, _cross_entropy_term(labels[mask])))
+        terms.append((label_weight, cross_entropy_term(labels[mask])))
     if teacher is not None:
         if isinstance(teacher.hidden, TopK):
-            term = _topk_term(teacher, teacher.hidden, mask)
+            term = topk_term(teacher, teacher.hidden, mask)
         else:
-            term = _divergence_term(teacher, teacher.hidden, cast(Tensor, teacher.weight), mask, vocabulary)
+            term = divergence_term(teacher, teacher.hidden, cast(Tensor, teacher.weight), mask, vocabulary)
         terms.append((kd_weight, term))
     hidden = head.hidden[mask]
     ones = hidden.new_ones(len(hidden), dtype=_sum_dtype(hidden))
@@ -271,12 +208,12 @@ def _fused_loss(
     weight, bias = head.weight, head.bias
     if len(weight) > vocabulary:  # slicing a whole weight would cost its backward pass a second gradient
         weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
-    chunk = chunk_size or max(1, CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"]) // vocabulary)
+    chunk = chunk_size or CHUNK_TOKENS.get(hidden.device.type, CHUNK_TOKENS["cpu"])
     total, values = _FusedLinear.apply(hidden, weight, bias, terms, coefficient, chunk, torch.is_grad_enabled())
     return (reduce(total) if coefficient is None else total), [reduce(row) for row in values]
 
 
-def _check(head: _Head, teacher: _Teacher | None, chunk_size: int | None) -> Tensor:
+def _check(head: _Head, teacher: Teacher | None, chunk_size: int | None) -> Tensor:
     """A view that has the shape of the logits, over the ids that both heads have.
 
     Raises:
@@ -327,7 +264,7 @@ class _FusedLinear(torch.autograd.Function):
         chunk: int,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.options = terms, chunk, _compute_dtype(hidden, weight)
+        ctx.options = terms, chunk, compute_dtype(hidden, weight)
         wanted = tuple(grad_enabled and need for need in ctx.needs_input_grad[:3])
         ctx.again = coefficient is None
         if ctx.again:
@@ -388,12 +325,13 @@ def _pass(
         for start in range(0, num_tokens, chunk):
             stop = min(start + chunk, num_tokens)
             rows = hidden[start:stop].to(dtype)
-            logits = F.linear(rows, head, head_bias).to(sum_dtype)
+            logits = [F.linear(rows, head, head_bias).to(sum_dtype)]
             slopes = []
             for number, (factor, term) in enumerate(terms):
-                values[number, start:stop], slope = term(logits, start, stop)
+                last = number == len(terms) - 1  # it gets the only reference, so that it can drop the logits early
+                values[number, start:stop], slope = term(logits.pop() if last else logits[0], start, stop)
                 slopes.append(slope if factor == 1 else slope.mul_(factor))
-            del logits, slope
+                del slope
             if coefficient is None or not any(wanted):
                 continue
             gradient = slopes.pop(0)
@@ -410,6 +348,7 @@ def _pass(
                 d_weight.add_(cast_gradient.T @ rows)
             if d_bias is not None:
                 d_bias.add_(gradient.sum(dim=0))
+            del gradient, cast_gradient
     if coefficient is not None:
         made = [None if tensor is None else tensor.mul_(scale) for tensor in made]
     return values, made
