@@ -350,6 +350,8 @@ def test_bad_input_is_named():
     aligner = AttentionAligner(3, 2).double()
     with pytest.raises(ValueError, match="have 2 and 2 heads in all, the aligner is for 3 and 2"):
         aligned_attention_kl(student, teacher, aligner, mask)
+    with pytest.raises(ValueError, match=r"must be probabilities, got -1; pass scores.softmax"):
+        aligned_attention_kl(student, torch.full_like(student, -1.0), identity_aligner(2))
     with pytest.raises(ValueError, match="form must be rows or map, got 'flat'"):
         aligned_attention_kl(student, teacher, identity_aligner(2), mask, form="flat")
     with pytest.raises(ValueError, match=r"the batch is empty: its vectors are \(0, 5, 5\)"):

@@ -240,6 +240,9 @@ def aligned_attention_kl(
         )
     if form == "rows":
         student, teacher, keys, mask = _scored_queries(student, teacher, mask, key_mask)
+        lowest = min([0.0, *(maps.min().item() for maps in (student, teacher) if maps.numel())])
+        if lowest < 0:
+            raise ValueError(f"attention must be probabilities, got {lowest:g}; pass scores.softmax(dim=-1)")
         allowed = (keys & (teacher.amax(dim=1) > 0))[:, None]
         aligned = aligner(student.clamp(min=FLOOR).log())
         log_q = aligned.masked_fill(~allowed, NEVER).log_softmax(dim=-1)

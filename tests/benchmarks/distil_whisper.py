@@ -3,6 +3,7 @@
 Real weights (bundled:whisper-base), random audio: time does not depend on what is said.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,4 +102,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     pin_allocator()
+    logging.getLogger("transformers.generation").setLevel(logging.ERROR)  # it repeats that max_new_tokens wins
     main()

@@ -1,10 +1,14 @@
 """Memory and time of the fused losses against the plain ones. Launch: python tests/benchmarks/losses.py
 
-Each step goes from hidden states to gradients of the student's hidden states and head, both dims alike. Prints one line
-per claim, as ratios to the plain form of the same run.
+Each step goes from hidden states to gradients of the student's hidden states and head, both dims alike. Ratios are to
+the plain form in the same run. With `--readme` the table also goes between the marks of speechkd/losses/README.md.
 """
 
+import re
+import sys
 from collections.abc import Callable
+from datetime import date
+from pathlib import Path
 
 import torch
 from measure import median_seconds, peak_extra_mib, pin_allocator
@@ -17,6 +21,7 @@ from speechkd.losses.fused import fused_linear_distillation, fused_linear_diverg
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [(512, 51_865, 512), (512, 151_936, 512), *([(8_192, 128_256, 4_096)] if DEVICE == "cuda" else [])]
 DIVERGENCES = ("forward_kl", "reverse_kl", "generalized_jsd", "skew_kl", "skew_reverse_kl", "total_variation")
+README = Path(__file__).resolve().parents[2] / "speechkd/losses/README.md"
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -63,26 +68,42 @@ def fused_hinton(hs: Tensor, ws: Tensor, ht: Tensor, wt: Tensor, mask: Tensor, l
     return fused_linear_distillation(hs, ws, ht, wt, labels, temperature=2.0)[0]
 
 
-def compare(what: str, base: Callable[[], None], ours: Callable[[], None], rounds: int) -> None:
+def compare(what: str, base: Callable[[], None], ours: Callable[[], None], rounds: int) -> str:
+    """One row of the table."""
     seconds = median_seconds({"plain": base, "fused": ours}, rounds)
     memory = {"plain": peak_extra_mib(base), "fused": peak_extra_mib(ours)}
-    print(
-        f"{what}: memory {memory['fused'] / memory['plain']:.2f} ({memory['fused']:.0f} of {memory['plain']:.0f} MiB), "
-        f"time {seconds['fused'] / seconds['plain']:.2f} ({seconds['fused']:.2f} of {seconds['plain']:.2f} s)",
-        flush=True,
+    return (
+        f"| {what} | {memory['plain']:.0f} | {memory['fused']:.0f} | {memory['fused'] / memory['plain']:.2f} | "
+        f"{seconds['plain']:.2f} | {seconds['fused']:.2f} | {seconds['fused'] / seconds['plain']:.2f} |"
     )
 
 
 def main() -> None:
-    print(f"{hardware_name(DEVICE)}; seconds of {'wall' if DEVICE == 'cuda' else 'processor'} time")
+    kind = "wall" if DEVICE == "cuda" else "processor"
+    lines = [
+        f"{hardware_name(DEVICE)}, {date.today()}, `python tests/benchmarks/losses.py --readme`. MiB above the models; "
+        f"{kind} seconds.",
+        "",
+        "| tokens x vocabulary x dim, loss | plain MiB | fused MiB | ratio | plain s | fused s | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    print("\n".join(lines))
     for size in SIZES:
-        rounds = 5 if size == SIZES[0] else 3
-        shape = "{} tokens x {} x {}".format(*size)
-        for name in DIVERGENCES if size == SIZES[0] else ("forward_kl",):
-            compare(f"{shape}, {name}", make_step(plain(name), *size), make_step(fused(name), *size), rounds)
-        compare(f"{shape}, CE + KL", make_step(plain_hinton, *size), make_step(fused_hinton, *size), rounds)
-        half = make_step(plain_masking_late, *size, scored=0.5), make_step(fused("forward_kl"), *size, scored=0.5)
-        compare(f"{shape}, forward_kl, half of the tokens masked", *half, rounds)
+        rounds, shape = (5 if size == SIZES[0] else 3), "{:,} x {:,} x {:,}".format(*size)
+        names = DIVERGENCES if size == SIZES[0] else ("forward_kl",)
+        cases = [(name, make_step(plain(name), *size), make_step(fused(name), *size)) for name in names]
+        cases.append(("CE + KL", make_step(plain_hinton, *size), make_step(fused_hinton, *size)))
+        late, early = (make_step(loss, *size, scored=0.5) for loss in (plain_masking_late, fused("forward_kl")))
+        cases.append(("forward_kl, half of the tokens masked", late, early))
+        for name, base, ours in cases:
+            lines.append(compare(f"{shape}, {name}", base, ours, rounds))
+            print(lines[-1], flush=True)
+    if "--readme" in sys.argv[1:]:
+        text, table = README.read_text(encoding="utf-8"), "\n".join(lines)
+        marks = r"(?s)<!-- measured -->.*<!-- /measured -->"
+        README.write_text(
+            re.sub(marks, lambda _: f"<!-- measured -->\n{table}\n<!-- /measured -->", text), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
