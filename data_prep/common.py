@@ -1,9 +1,10 @@
 """What the corpus scripts share: reading clips, noting what was skipped, and the command line."""
 
 import argparse
+import csv
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import soundfile
 from torch import Tensor
 
 from speechkd.data.audio import AudioError, load_audio
+from speechkd.data.manifest import write_manifest
 from speechkd.files import write_jsonl
 
 AUDIO_SUFFIXES = (".wav", ".flac")
@@ -88,6 +90,170 @@ def require_output_dir(output_dir: str | Path) -> Path:
 def write_skipped(output_dir: Path, skipped: list[dict[str, str]]) -> None:
     """Name every left-out item in skipped.jsonl; the file is empty when nothing was, so that none is stale."""
     write_jsonl(output_dir / "skipped.jsonl", skipped)
+
+
+def read_lines(path: Path, skipped: list[dict[str, str]]) -> Iterator[tuple[str, str]]:
+    """Lines of a text file that are not blank, each with its place "<file name>:<line number>".
+
+    A line that is not UTF-8 is added to `skipped` under its place.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path.name}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                where = f"byte 0x{line[error.start]:02x} at column {error.start + 1} of {path}"
+                skipped.append({"id": place, "reason": f"not UTF-8: {where}"})
+                continue
+            if text.strip():
+                yield place, text
+
+
+def read_tsv(path: Path, columns: tuple[str, ...], skipped: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """Rows of a tab-separated table by column name; quotation marks are characters like any other.
+
+    A row that has not as many columns as the header is added to `skipped` under its place.
+
+    Args:
+        path: the table, its first line the header.
+        columns: what the header must have.
+        skipped: items left out so far.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    lines = read_lines(path, skipped)
+    header = next(lines, ("", ""))[1].split("\t")
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {missing}, it has {header}; copy it again from the corpus")
+    for place, line in lines:
+        values = line.split("\t")
+        if len(values) == len(header):
+            yield dict(zip(header, values, strict=True))
+        else:
+            reason = f"{len(values)} columns where the header of {path} has {len(header)}"
+            skipped.append({"id": place, "reason": reason})
+
+
+def read_csv(path: Path, columns: tuple[str, ...], skipped: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """Rows of a comma-separated table by column name, cells stripped.
+
+    A row is one line, so a quotation mark that is never closed spoils no other row. A row that cannot be parsed, has
+    not as many columns as the header or leaves one of `columns` empty is added to `skipped` under its place.
+
+    Args:
+        path: the table, its first line the header.
+        columns: what the header must have and every row must fill.
+        skipped: items left out so far.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    lines = read_lines(path, skipped)
+    header = [cell.strip() for cell in next(csv.reader([next(lines, ("", ""))[1]]))]
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {missing}, it has {header}; copy it again from the corpus")
+    for place, line in lines:
+        try:
+            cells = [cell.strip() for cell in next(csv.reader([line], strict=True))]
+        except csv.Error as error:
+            skipped.append({"id": place, "reason": f"not a row of {path}: {error}"})
+            continue
+        row = dict(zip(header, cells, strict=False))
+        empty = [column for column in columns if not row.get(column)]
+        if len(cells) != len(header):
+            reason = f"{len(cells)} columns where the header of {path} has {len(header)}"
+            skipped.append({"id": place, "reason": reason})
+        elif empty:
+            skipped.append({"id": place, "reason": f"nothing in the columns {empty} of {path}"})
+        else:
+            yield row
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again from the corpus") from error
+
+
+def probe_transcribed(key: str, path: Path, text: str, skipped: list[dict[str, str]]) -> tuple[float, int] | None:
+    """`probe_clip` for a clip that must have a transcript; None, and a line in `skipped`, where it cannot be used."""
+    if not text:
+        reason = "its transcript is empty"
+    elif not path.is_file():
+        reason = f"{path} does not exist"
+    else:
+        try:
+            return probe_clip(path)
+        except AudioError as error:
+            reason = str(error)
+    skipped.append({"id": key, "reason": reason})
+    return None
+
+
+def language_folders(corpus_dir: Path, marker: str, languages: list[str] | None) -> dict[str, Path]:
+    """Folders of the languages by their names: `corpus_dir` itself, or folders one or two levels below it.
+
+    Args:
+        corpus_dir: the corpus, a folder around it, or one language of it.
+        marker: glob pattern of a file or folder that each language has.
+        languages: which ones; None takes all that are there.
+
+    Raises:
+        ValueError: there is no such folder, a wanted language is not there, or one is there twice.
+    """
+    for level in ([corpus_dir], corpus_dir.glob("*"), corpus_dir.glob("*/*")):
+        folders = sorted(folder for folder in level if folder.is_dir() and any(folder.glob(marker)))
+        if folders:
+            break
+    else:
+        raise ValueError(f"{corpus_dir} has no <language>/{marker}; give --corpus-dir the corpus in its public layout")
+    names = [folder.name for folder in folders]
+    missing = sorted(set(languages or []) - set(names))
+    if missing:
+        raise ValueError(f"languages {missing} are not in {corpus_dir}, only {sorted(set(names))}; see --languages")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"languages {twice} are there twice: {[str(folder) for folder in folders]}; give one release")
+    return {folder.name: folder for folder in folders if languages is None or folder.name in languages}
+
+
+def write_unique(path: Path, utterances: Iterable[dict[str, Any]], skipped: list[dict[str, str]]) -> int:
+    """`write_manifest` of the first utterance of each id; a repeated one is added to `skipped`."""
+    seen: set[str] = set()
+
+    def first_ones() -> Iterator[dict[str, Any]]:
+        for utterance in utterances:
+            if utterance["id"] in seen:
+                skipped.append({"id": utterance["id"], "reason": f"its id is in {path.name} already"})
+            else:
+                seen.add(utterance["id"])
+                yield utterance
+
+    return write_manifest(path, first_ones())
+
+
+def finish(output_dir: Path, counts: dict[str, Any], skipped: list[dict[str, str]]) -> dict[str, Any]:
+    """Write skipped.jsonl; the counts, with that of the skipped items.
+
+    Raises:
+        ValueError: not one utterance could be used.
+    """
+    write_skipped(output_dir, skipped)
+    if not any(counts.values()):
+        raise ValueError(
+            f"no utterance could be used, {len(skipped)} items were skipped; see {output_dir / 'skipped.jsonl'}"
+        )
+    return {**counts, "skipped": len(skipped)}
 
 
 def corpus_parser(description: str | None) -> argparse.ArgumentParser:

@@ -4,21 +4,17 @@ Layout: LibriSpeech/<subset>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.fl
 `--download` fetches the archives of --subsets from OpenSLR resource 12 and checks their MD5.
 """
 
-import hashlib
 import os
-import shutil
-import tarfile
-import urllib.error
-import urllib.request
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from common import corpus_parser, probe_clip, report, require_corpus_dir, require_output_dir, write_skipped
+from download import UnreachableError, fetch, unpack
 from tqdm import tqdm
 
 from speechkd.data.audio import AudioError
 from speechkd.data.manifest import write_manifest
-from speechkd.files import atomic_write
 
 ARCHIVES_URL = "https://www.openslr.org/resources/12"
 
@@ -94,35 +90,20 @@ def download_librispeech(corpus_dir: Path, subsets: list[str]) -> None:
     """Fetch and unpack subsets that are not there yet.
 
     Raises:
-        ValueError: an archive's MD5 is not the one that OpenSLR lists.
+        UnreachableError: the server cannot be reached.
+        ValueError: OpenSLR has no such subset, or an archive's MD5 is not the one that it lists.
     """
-    with urllib.request.urlopen(f"{ARCHIVES_URL}/md5sum.txt", timeout=60) as answer:
-        listed = {name: md5 for md5, name in (line.split() for line in answer.read().decode().splitlines() if line)}
+    with tempfile.TemporaryDirectory() as temporary:
+        listing = fetch(f"{ARCHIVES_URL}/md5sum.txt", Path(temporary) / "md5sum.txt").read_text(encoding="utf-8")
+    listed = {name: md5 for md5, name in (line.split() for line in listing.splitlines() if line)}
     for subset in subsets:
-        if (corpus_dir / "LibriSpeech" / subset).is_dir():
+        folder, name = corpus_dir / "LibriSpeech" / subset, f"{subset}.tar.gz"
+        if folder.is_dir():
             continue
-        archive = corpus_dir / f"{subset}.tar.gz"
-        digest = hashlib.md5()
-        with atomic_write(archive) as temporary, temporary.open("wb") as file:
-            with urllib.request.urlopen(f"{ARCHIVES_URL}/{archive.name}", timeout=60) as answer:
-                with tqdm(total=int(answer.headers["Content-Length"]), unit="B", unit_scale=True, desc=subset) as bar:
-                    while chunk := answer.read(1 << 20):
-                        digest.update(chunk)
-                        file.write(chunk)
-                        bar.update(len(chunk))
-        if digest.hexdigest() != listed.get(archive.name):
-            archive.unlink()
-            raise ValueError(
-                f"{archive.name} has MD5 {digest.hexdigest()}, not {listed.get(archive.name)}; fetch it again"
-            )
-        unpacked = corpus_dir / f".{subset}.unpacked"
-        shutil.rmtree(unpacked, ignore_errors=True)
-        with tarfile.open(archive) as content:
-            content.extractall(unpacked, filter="data")
-        # renamed when whole: a subset that is there was never cut short
-        (corpus_dir / "LibriSpeech").mkdir(exist_ok=True)
-        (unpacked / "LibriSpeech" / subset).rename(corpus_dir / "LibriSpeech" / subset)
-        shutil.rmtree(unpacked)
+        if name not in listed:
+            raise ValueError(f"subset {subset!r} is not among {sorted(listed)} of {ARCHIVES_URL}; check --subsets")
+        archive = fetch(f"{ARCHIVES_URL}/{name}", corpus_dir / name, checksum=f"md5:{listed[name]}")
+        unpack(archive, folder, inner=f"LibriSpeech/{subset}")
         archive.unlink()
 
 
@@ -137,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError("--download needs --corpus-dir, the folder to unpack LibriSpeech into")
             try:
                 download_librispeech(arguments.corpus_dir, arguments.subsets)
-            except urllib.error.URLError as error:
+            except UnreachableError as error:
                 raise ValueError(
                     f"{ARCHIVES_URL} cannot be reached or lacks a subset ({error}); check the network and --subsets, "
                     "or fetch the archives by hand and pass their folder with --corpus-dir"
