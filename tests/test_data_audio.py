@@ -111,3 +111,13 @@ def test_bad_clips_are_set_aside_and_the_others_kept(tone_manifest, tmp_path):
     assert (tmp_path / "out/skipped.jsonl").read_text().count("\n") == 2
     with pytest.raises(AudioError, match=r"2 of 6 clips \(33.3 %\) were skipped.*at most 10.0 %.*tone-1"):
         report_skipped(skipped, 6, tmp_path / "out", 0.1)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+def test_samples_are_those_of_a_float_read_bit_for_bit(tmp_path, subtype):
+    samples = np.random.default_rng(0).uniform(-1, 1, (800, 2))
+    soundfile.write(tmp_path / "clip.wav", samples, 16_000, subtype=subtype)
+    expected, _ = soundfile.read(tmp_path / "clip.wav", dtype="float32")
+    torch.testing.assert_close(
+        load_audio(tmp_path / "clip.wav", 16_000), torch.from_numpy(expected).mean(dim=1), rtol=0, atol=0
+    )
