@@ -66,6 +66,11 @@ def examine(manifest: str | None = None) -> dict[str, Any]:
         facts["advice"].append(
             f"this processor multiplies bfloat16 {ratio:.0f} times slower than float32; keep float32, the CPU default"
         )
+    elif device == "cpu":
+        facts["advice"].append(
+            f"this processor multiplies bfloat16 {1 / ratio:.1f} times as fast as float32; a CPU run stays in float32 "
+            "all the same, so that its numbers are those of any other machine"
+        )
     elif device == "cuda":
         facts["advice"].append(
             f"bfloat16 is {1 / ratio:.1f} times as fast as float32 here; train with --trainer.bf16 true"
