@@ -1,17 +1,25 @@
 """Configuration: nested dataclasses, filled from YAML and then from the command line."""
 
+import argparse
+import dataclasses
 import difflib
+import math
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from speechkd.files import atomic_write
 
 ConfigT = TypeVar("ConfigT")
+
+MAX_CONFIG_DEPTH = 20
+MAX_CONFIG_VALUES = 10_000
+MAX_INTEGER = 2**63 - 1
 
 
 @dataclass(kw_only=True)
@@ -51,10 +59,12 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_batch_seconds <= 0:
-            raise ValueError(f"data.max_batch_seconds must be positive, got {self.max_batch_seconds}")
+        if not 0 < self.max_batch_seconds < math.inf:
+            raise ValueError(f"data.max_batch_seconds must be a positive number, got {self.max_batch_seconds}")
         if not 0 <= self.max_skipped_fraction <= 1:
             raise ValueError(f"data.max_skipped_fraction must be 0 to 1, got {self.max_skipped_fraction}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
 
 
 @dataclass(kw_only=True)
@@ -90,20 +100,108 @@ def parse_config(config_class: type[ConfigT], argv: list[str] | None = None) -> 
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; may be given several times, later files win")
     parser.add_class_arguments(config_class)
+    known_keys = list(parser.get_defaults().keys())
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", action="append", default=[])
     try:
+        for path in files.parse_known_args(argv)[0].config:
+            if Path(path).is_file():
+                _check_file(path, known_keys)
         namespace = parser.parse_args(argv)
         del namespace["config"]
+        _check_section(config_class, namespace)
         values = parser.instantiate_classes(namespace).as_dict()
         # dumped twice: the first pass may write 0 where the file, read back, gives 0.0
         return config_class(**values), parser.dump(parser.parse_string(parser.dump(namespace)))
     except (ArgumentError, ValueError, OSError) as error:
-        sys.stderr.write(f"error: {_with_full_path(str(error), list(parser.get_defaults().keys()))}\n")
+        sys.stderr.write(f"error: {_with_full_path(str(error), known_keys)}\n")
         raise SystemExit(2) from None
+
+
+def _check_file(path: str, known_keys: list[str]) -> None:
+    """Refuse by file, line and key what YAML allows and jsonargparse drops, or stumbles over without a place.
+
+    Raises:
+        ValueError: the file is not UTF-8, not YAML, or no mapping; it is nested or expanded without end, a key is not
+            text, comes twice or is unknown and empty, or a value cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        # the C loader, which jsonargparse takes, crashes the process on the endless nesting that the first one refuses
+        for loader in (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            root = yaml.compose(text, Loader=loader)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path}: not UTF-8 (byte 0x{byte:02x} at offset {error.start}); convert the file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply; a configuration has sections, settings and short lists") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path} holds no sections; write `section: {{key: value}}`, as in the files of recipes/")
+    waiting: list[tuple[yaml.Node, str, int]] = [(root, "", 0)]
+    num_values = 0
+    while waiting:
+        node, key, depth = waiting.pop()
+        num_values += 1
+        place = f"{path}:{node.start_mark.line + 1}: {key}"
+        if depth > MAX_CONFIG_DEPTH or num_values > MAX_CONFIG_VALUES:  # an alias may hold itself, or more aliases
+            raise ValueError(f"{place} is nested too deeply or repeated by aliases too often; write the values out")
+        if isinstance(node, yaml.ScalarNode):
+            _check_scalar(node, place)
+        elif node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+            raise ValueError(f"{place} has the tag {node.tag}; remove it, a configuration holds plain values")
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(child, f"{key}[{index}]", depth + 1) for index, child in enumerate(node.value)]
+        else:
+            seen = set()
+            for name, child in node.value:
+                is_text = name.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+                if not is_text or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", name.value):
+                    raise ValueError(f"{place} has a key that is not a name: {name.value!r:.100}; correct it")
+                if name.value in seen:
+                    raise ValueError(f"{place} has the key {name.value!r:.100} twice; remove one")
+                seen.add(name.value)
+                waiting.append((child, f"{key}.{name.value}" if key else name.value, depth + 1))
+            if not seen and not any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in known_keys):
+                raise ValueError(f"Option '{key}' is not accepted")
+
+
+def _check_scalar(node: yaml.ScalarNode, place: str) -> None:
+    try:
+        value = yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"{place} is {node.value!r:.100}, which cannot be read ({error}); quote or correct it"
+        ) from error
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise ValueError(f"{place} is a number of {len(node.value)} digits, too large to compute with")
+
+
+def _check_section(section_class: type, values: Namespace, section: str = "") -> None:
+    """Refuse what jsonargparse lets through: null for "not given" and a bare value for a section.
+
+    Raises:
+        ValueError: names the full path of the key.
+    """
+    hints = get_type_hints(section_class)
+    for setting in dataclasses.fields(section_class):
+        key, hint, value = f"{section}{setting.name}", hints[setting.name], values.get(setting.name)
+        kinds = get_args(hint) or (hint,)
+        if value is None and setting.name in values and type(None) not in kinds and setting.default is not None:
+            raise ValueError(f"{key} is null; give it a value or leave it out for the default")
+        if dataclasses.is_dataclass(hint) and value is not None and not isinstance(value, Namespace):
+            raise ValueError(
+                f"{key} is {value!r:.100}; it must be a section with the keys {', '.join(get_type_hints(hint))}"
+            )
+        for kind in kinds:
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Namespace):
+                _check_section(kind, value, f"{key}.")
 
 
 def _with_full_path(message: str, known_keys: list[str]) -> str:
     """Name an unknown key by its full path, with the nearest known one."""
-    match = re.search(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<key>[^']+)'", message)
+    match = re.search(r"(?:Group '(?P<group>[^']+)' does not accept option|Option) '(?P<key>.+)'", message, re.DOTALL)
     if match is None:
         return message
     key = f"{match['group']}.{match['key']}" if match["group"] else match["key"]

@@ -1,8 +1,10 @@
 """Manifests: JSONL files with one utterance a line, read memory-mapped through `datasets`."""
 
+import codecs
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ FIELDS = {
 REQUIRED = {"id": str, "audio": str, "duration_seconds": (int, float), "sample_rate_hz": int}
 OPTIONAL = {"offset_seconds": (int, float), "text": str, "speaker": str, "language": str, "intent": str, "slots": list}
 MAX_PROBLEMS_SHOWN = 20
+MAX_SAMPLE_RATE_HZ = 10_000_000
 
 
 class ManifestError(ValueError):
@@ -92,19 +95,14 @@ def read_manifest(path: str | Path, max_problems_shown: int = MAX_PROBLEMS_SHOWN
     id_hashes: list[int] = []
     line_numbers: list[int] = []
     digest = hashlib.sha256(str(path).encode())
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            digest.update(line)
-            if not line.strip():
-                continue
-            utterance, line_problems = _parse_line(line, path.parent)
-            problems += [f"{path}:{number}: {problem}" for problem in line_problems]
-            if utterance is not None:
-                # 64-bit hashes, not strings: millions of ids stay small
-                id_hashes.append(
-                    int.from_bytes(hashlib.blake2b(utterance["id"].encode(), digest_size=8).digest(), "big")
-                )
-                line_numbers.append(number)
+    for number, line in _lines(path):
+        digest.update(line)
+        utterance, line_problems = _parse_line(line, path.parent)
+        problems += [f"{path}:{number}: {problem}" for problem in line_problems]
+        if utterance is not None:
+            # 64-bit hashes, not strings: millions of ids stay small
+            id_hashes.append(int.from_bytes(hashlib.blake2b(utterance["id"].encode(), digest_size=8).digest(), "big"))
+            line_numbers.append(number)
     problems += _duplicate_ids(path, id_hashes, line_numbers)
     if problems:
         shown = "\n".join(problems[:max_problems_shown])
@@ -146,6 +144,16 @@ def write_manifest(path: str | Path, utterances: Iterable[dict[str, Any]]) -> in
     return count
 
 
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank, without the byte order mark that some editors write."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield number, line
+
+
 def _parse_line(line: bytes, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """One manifest line as a dict, or None, and what is wrong with it."""
     try:
@@ -155,28 +163,66 @@ def _parse_line(line: bytes, folder: Path) -> tuple[dict[str, Any] | None, list[
         return None, [f"not UTF-8 (byte 0x{byte:02x} at column {error.start + 1}); convert the file to UTF-8"]
     except json.JSONDecodeError as error:
         return None, [f"not JSON ({error.msg} at column {error.colno}); write one JSON object a line"]
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of open brackets
+        return None, [f"not JSON that can be read ({error}); write one flat JSON object a line"]
     if not isinstance(utterance, dict):
         return None, [f"holds {type(utterance).__name__}, not a JSON object"]
-    name = f"utterance {utterance['id']!r}" if "id" in utterance else "utterance"
+    name = f"utterance {_shown(utterance['id'])}" if "id" in utterance else "utterance"
     problems = [f"{name} lacks the field {field!r}" for field in REQUIRED if field not in utterance]
     for field, value in utterance.items():
         expected = REQUIRED.get(field) or OPTIONAL.get(field)
         if expected is None:
-            problems.append(f"{name} has the unknown field {field!r}; known are {', '.join(FIELDS)}")
+            problems.append(f"{name} has the unknown field {_shown(field)}; known are {', '.join(FIELDS)}")
         elif not isinstance(value, expected) or isinstance(value, bool):  # type: ignore[arg-type]
-            problems.append(f"{name} has {field}={value!r}, a {type(value).__name__} where another type belongs")
+            problems.append(f"{name} has {field}={_shown(value)}, a {type(value).__name__} where another type belongs")
+        elif isinstance(value, str) and not _is_text(value):
+            problems.append(f"{name} has {field}={_shown(value)} with half a surrogate pair; write whole characters")
+        elif field == "slots" and not all(map(_is_slot, value)):
+            problems.append(f"{name} has slots={_shown(value)}; each must hold the texts name and value, nothing else")
     if problems:
         return None, problems
-    duration, offset = utterance["duration_seconds"], utterance.get("offset_seconds", 0.0)
+    duration, offset = _as_float(utterance["duration_seconds"]), _as_float(utterance.get("offset_seconds", 0.0))
     if not (math.isfinite(duration) and duration > 0):
-        problems.append(f"{name} has duration_seconds={duration}; it must be positive")
+        problems.append(f"{name} has duration_seconds={_shown(utterance['duration_seconds'])}; it must be positive")
     if not (math.isfinite(offset) and offset >= 0):
-        problems.append(f"{name} has offset_seconds={offset}; it must be 0 or more")
-    if utterance["sample_rate_hz"] <= 0:
-        problems.append(f"{name} has sample_rate_hz={utterance['sample_rate_hz']}; it must be positive")
-    if not (folder / utterance["audio"]).is_file():
-        problems.append(f"{name}: audio file {folder / utterance['audio']} does not exist")
+        problems.append(f"{name} has offset_seconds={_shown(utterance['offset_seconds'])}; it must be 0 or more")
+    if not 0 < utterance["sample_rate_hz"] <= MAX_SAMPLE_RATE_HZ:
+        problems.append(
+            f"{name} has sample_rate_hz={_shown(utterance['sample_rate_hz'])}; it must be 1 to {MAX_SAMPLE_RATE_HZ}"
+        )
+    try:
+        if not (folder / utterance["audio"]).is_file():
+            problems.append(f"{name}: audio file {folder / utterance['audio']} does not exist")
+    except OSError as error:  # a name that the file system cannot hold, a folder that may not be read
+        problems.append(f"{name}: audio={_shown(utterance['audio'])} cannot be looked up ({error.strerror})")
     return utterance, problems
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, shortened: it may be junk of any size and depth."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 100
+    return short.repr(value)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether this is a str that UTF-8 can hold."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_slot(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"name", "value"} and all(map(_is_text, value.values()))
+
+
+def _as_float(number: float) -> float:
+    """Seconds as a float; infinity for whole numbers beyond it."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _duplicate_ids(path: Path, id_hashes: list[int], line_numbers: list[int]) -> list[str]:
@@ -188,8 +234,9 @@ def _duplicate_ids(path: Path, id_hashes: list[int], line_numbers: list[int]) ->
 
 
 def _rows(path: Path, sha256: str) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                utterance = json.loads(line)
-                yield {field: utterance.get(field) for field in FIELDS}
+    for _, line in _lines(path):
+        utterance = dict.fromkeys(FIELDS) | json.loads(line)
+        for field in ("duration_seconds", "offset_seconds"):
+            if utterance[field] is not None:
+                utterance[field] = float(utterance[field])  # Arrow takes no whole number above 2**53 for a float
+        yield utterance
