@@ -219,7 +219,7 @@ def write_parquet(path: Path, contents: dict[str, bytes | None], intents: tuple[
         }
     )
     columns = {
-        "path": [f"/root/.cache/x/{name}" for name in contents],
+        "path": [f"/cache/{name}" for name in contents],
         "audio": [{"path": Path(name).name, "bytes": content} for name, content in contents.items()],
         "transcription": [None if "silent" in name else "Hello." for name in contents],
         "english_transcription": ["hello"] * len(contents),
