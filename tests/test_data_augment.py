@@ -1,13 +1,10 @@
 import logging
 import random
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.signal
 import soundfile
 import torch
 from conftest import ROOT
@@ -145,7 +142,7 @@ def test_reverberation_is_linear_convolution_aligned_to_the_direct_sound():
     for taps, direct in ((1000, 0), (1000, 300), (9000, 5000)):
         response = 0.2 * make_noise(taps, seed=1)
         response[direct] = -1.0
-        expected = scipy.signal.fftconvolve(clip.double(), response.double())[direct : direct + 4000]
+        expected = np.convolve(clip.double(), response.double())[direct : direct + 4000]
         expected *= clip.abs().mean().item() / np.abs(expected).mean()
         np.testing.assert_allclose(reverberate(clip, response).numpy(), expected, atol=1e-5)
 
@@ -206,7 +203,8 @@ def test_every_speed_is_drawn_about_equally_often(augment):
 def test_the_number_of_workers_changes_nothing(augment):
     clips = AugmentedClips(augment, 12)
     results = [list(DataLoader(clips, batch_size=None, num_workers=n)) for n in (0, 2)]
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    for one, other in zip(*results, strict=True):  # sums of other numbers of threads differ in the last digit
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
 def test_global_random_states_are_left_alone(augment):
@@ -366,22 +364,6 @@ def test_masks_refuse_ids_and_lengths_of_another_batch():
         spec_augment(features, num_frames, ids[:1], SpecAugmentConfig(), seed=0, epoch=0)
     with pytest.raises(ValueError, match="length 51 does not fit rows padded to 50"):
         spec_augment(features, num_frames + 1, ids, SpecAugmentConfig(), seed=0, epoch=0)
-
-
-def test_speechbrain_is_imported_for_reverberation_only_and_leaves_torch_as_it_was():
-    program = """
-import sys, torch
-from speechkd.data import augment
-assert "speechbrain" not in sys.modules
-before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
-torch._C._jit_set_profiling_mode(True)
-augment.reverberate(torch.ones(10), torch.ones(5))
-assert "speechbrain" in sys.modules
-after = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
-assert before == after and torch._C._jit_set_profiling_mode(True), (before, after)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not LJSPEECH.is_dir(), reason=f"{LJSPEECH} does not exist")

@@ -7,13 +7,11 @@ another number of workers draw the same. No global random state is read or left 
 import hashlib
 import logging
 import math
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 
 import soundfile
 import torch
@@ -105,8 +103,6 @@ class WaveformAugment:
         self.config, self.sample_rate_hz, self.seed = config, sample_rate_hz, seed
         self.noises = find_audio(config.noise_dir) if config.noise_dir else []
         self.impulse_responses = find_audio(config.impulse_response_dir) if config.impulse_response_dir else []
-        if self.impulse_responses:
-            import_signal_processing()  # here, so that forked workers share it
 
     def speed_factor(self, utterance_id: str, epoch: int) -> float:
         """Speed of this utterance in this epoch, known without its audio: it then lasts `duration / factor`."""
@@ -217,21 +213,9 @@ def reverberate(waveform: Tensor, impulse_response: Tensor) -> Tensor:
     Returns:
         The clip in that room, as loud and as long as before, (samples,).
     """
-    signal_processing = import_signal_processing()
-    # speechbrain convolves circularly and cuts responses longer than the clip; room for the tail prevents both
-    padded = torch.nn.functional.pad(waveform, (0, len(impulse_response)))
-    reverberant = signal_processing.reverberate(padded, impulse_response, rescale_amp=None)[: len(waveform)]
-    loudness = signal_processing.compute_amplitude(waveform).item()
-    return signal_processing.rescale(reverberant, None, loudness)
-
-
-def import_signal_processing() -> ModuleType:
-    """speechbrain's signal processing; it takes seconds to import, and few runs need it."""
-    # speechbrain.core would turn TF32 on and the JIT's profiling off for the whole process
-    os.environ.setdefault("SB_DISABLE_QUIRKS", "allow_tf32,disable_cudnn_benchmarking,disable_jit_profiling")
-    from speechbrain.processing import signal_processing
-
-    return signal_processing
+    loudest = int(impulse_response.abs().argmax())
+    reverberant = torchaudio.functional.fftconvolve(waveform, impulse_response)[loudest : loudest + len(waveform)]
+    return reverberant * (waveform.abs().mean() / reverberant.abs().mean().clamp(min=1e-14))
 
 
 def load_noise(path: Path, sample_rate_hz: int, num_samples: int, position: float) -> Tensor:
