@@ -274,7 +274,7 @@ def test_two_ranks_sum_to_the_gradients_of_one(tmp_path):
         ({"mask": torch.ones(3, 5)}, "mask must be bool"),
         ({"mask": torch.ones(3, 4, dtype=torch.bool)}, r"mask is \(3, 4\)"),
         ({"divergence": "kl"}, "divergence must be one of forward_kl, .* got 'kl'"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         ({"alpha": 1.5}, "alpha must be 0 to 1, got 1.5"),
         ({"chunk_size": 0}, "chunk_size must be 1 token or more, got 0"),
         ({"student_bias": torch.full((11,), torch.nan)}, "student_bias must be 11 finite values"),

@@ -36,8 +36,7 @@ def scored_rows(
     Raises:
         ValueError: shapes, vocabularies, mask or temperature do not fit, or there is no token at all.
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {float(temperature)}")
+    check_temperature(temperature)
     student_logits, teacher_logits = same_vocabulary(student_logits, teacher_logits)
     mask = check_mask(mask, student_logits)
     student = as_float(student_logits)
@@ -145,14 +144,27 @@ def kl_rows(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
 
 
-def entropy_rows(log_a: Tensor) -> Tensor:
-    """Entropy of each row in nats, (tokens,)."""
-    return -(log_a.exp() * log_a).sum(dim=-1)
+def jsd_rows(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence of each row, (tokens,); at beta 0 and 1 the forward and the reverse KL."""
+    if beta in (0, 1):
+        return kl_rows(log_p, log_q) if beta == 0 else kl_rows(log_q, log_p)
+    log_m = log_mix(beta, log_p, log_q)
+    return beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
 
 
 def squared(temperature: float | Tensor, scale_t2: bool) -> float | Tensor:
     """The factor T**2, which keeps gradients at their size as T grows, or 1."""
     return temperature**2 if scale_t2 else 1.0
+
+
+def check_temperature(temperature: float | Tensor, name: str = "temperature") -> None:
+    """Refuse temperatures that divide by nothing or leave nothing.
+
+    Raises:
+        ValueError: it is not positive, or infinite.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {float(temperature)}")
 
 
 def check_fraction(name: str, value: float) -> None:

@@ -21,8 +21,8 @@ from speechkd.losses.contract import (
     check_fraction,
     check_labels,
     check_mask,
-    kl_rows,
-    log_mix,
+    check_temperature,
+    jsd_rows,
     reduce_rows,
 )
 from speechkd.losses.token_alignment import (
@@ -79,7 +79,7 @@ def uld(
     Raises:
         ValueError: shapes, masks or temperature do not fit.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     if student_logits.ndim < 2 or student_logits.shape[:-2] != teacher_logits.shape[:-2]:
         raise ValueError(_not_one_batch(student_logits, teacher_logits))
     ours = check_mask(mask, student_logits)
@@ -148,7 +148,7 @@ def gold(
     Raises:
         ValueError: shapes, labels, ends, ids or arguments do not fit.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     check_fraction("beta", beta)
     if merge not in ("bayesian", "observed"):
         raise ValueError(f"merge must be 'bayesian' or 'observed', got {merge!r}")
@@ -167,7 +167,7 @@ def gold(
         our_ids, their_ids = _check_shared(shared, student, teacher)
         part = len(shared) / teacher.shape[-1]
         matched_weight, other_weight = (part, 1 - part) if weights is None else weights
-        matched = _jsd_rows(log_q[:, our_ids], log_p[:, their_ids], beta)
+        matched = jsd_rows(log_q[:, our_ids].clamp(min=LOG_FLOOR), log_p[:, their_ids].clamp(min=LOG_FLOOR), beta)
         others = _sorted_l1(log_q[:, _without(our_ids, log_q)], log_p[:, _without(their_ids, log_p)])
         loss = matched_weight * matched + other_weight * others
     lasts = torch.tensor([(row, pair[0][-1]) for row, pair in groups], dtype=torch.long, device=student.device)
@@ -257,15 +257,6 @@ def _sorted_l1(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (F.pad(a, (0, width - a.shape[-1])) - F.pad(b, (0, width - b.shape[-1]))).abs().sum(dim=-1)
 
 
-def _jsd_rows(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """Generalised JSD of each row of probabilities that need not add up to 1, (tokens,)."""
-    log_q, log_p = log_q.clamp(min=LOG_FLOOR), log_p.clamp(min=LOG_FLOOR)
-    if beta in (0, 1):
-        return kl_rows(log_p, log_q) if beta == 0 else kl_rows(log_q, log_p)
-    log_m = log_mix(beta, log_p, log_q)
-    return beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
-
-
 def _without(ids: Tensor, log_probs: Tensor) -> Tensor:
     """True on all other ids, (vocabulary,)."""
     return torch.ones(log_probs.shape[-1], dtype=torch.bool, device=ids.device).index_fill(0, ids, False)
@@ -302,11 +293,6 @@ def _check_shared(shared: Tensor, student_logits: Tensor, teacher_logits: Tensor
         )
     our_ids, their_ids = shared.to(student_logits.device).unbind(-1)
     return our_ids, their_ids
-
-
-def _check_temperature(temperature: float | Tensor) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {float(temperature)}")
 
 
 def _not_one_batch(student_logits: Tensor, teacher_logits: Tensor) -> str:

@@ -32,6 +32,7 @@ from speechkd.losses.contract import (
     Reduction,
     check_labels,
     check_mask,
+    check_temperature,
     reduce_rows,
     same_vocabulary,
 )
@@ -224,8 +225,7 @@ def _check(head: _Head, teacher: Teacher | None, chunk_size: int | None) -> Tens
     logits = _logits_shape("student", head.hidden, head.weight, head.bias)
     if teacher is None:
         return logits
-    if not teacher.temperature > 0:
-        raise ValueError(f"temperature must be positive, got {teacher.temperature}")
+    check_temperature(teacher.temperature)
     if isinstance(teacher.hidden, TopK):
         if teacher.weight is not None or teacher.compare is not forward_kl:
             raise ValueError("top-k targets have no teacher_weight and are compared by forward_kl")

@@ -26,6 +26,7 @@ from speechkd.losses.contract import (
     as_float,
     check_fraction,
     check_labels,
+    jsd_rows,
     kl_rows,
     log_mix,
     log_probs,
@@ -221,11 +222,9 @@ def generalized_jsd(
         raise ValueError(f"endpoints must be 'kl' or 'formula', got {endpoints!r}")
     student, teacher, mask = scored_rows(student_logits, teacher_logits, mask, temperature)
     log_q, log_p = log_probs(student, teacher, temperature)
-    if beta in (0, 1) and endpoints == "kl":
-        loss = kl_rows(log_p, log_q) if beta == 0 else kl_rows(log_q, log_p)
-    else:
-        log_m = log_mix(beta, log_p, log_q)
-        loss = beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
+    loss = jsd_rows(log_q, log_p, beta)
+    if beta in (0, 1) and endpoints == "formula":
+        loss = 0 * loss
     return reduce_rows(loss * squared(temperature, scale_t2), mask, reduction, num_items)
 
 

@@ -18,8 +18,9 @@ from speechkd.losses.contract import (
     as_float,
     check_fraction,
     check_mask,
+    check_temperature,
+    jsd_rows,
     kl_rows,
-    log_mix,
     log_probs,
     reduce_rows,
     squared,
@@ -58,7 +59,7 @@ def topk_targets(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
     Raises:
         ValueError: k or the temperature is out of range.
     """
-    _check_temperature("temperature", temperature)
+    check_temperature(temperature)
     check_k(k, logits.shape[-1])
     logits = as_float(logits.detach()) / temperature
     top, ids = logits.topk(k, dim=-1)
@@ -119,8 +120,8 @@ def topk_divergence(
     Raises:
         ValueError: shapes, ids, mask or arguments do not fit.
     """
-    _check_temperature("temperature", temperature)
-    _check_temperature("target_temperature", target_temperature)
+    check_temperature(temperature)
+    check_temperature(target_temperature, "target_temperature")
     _check_choice(mode, divergence)
     check_fraction("beta", beta)
     student, targets, mask = _scored_targets(student_logits, targets, mask)
@@ -164,7 +165,7 @@ def first_kd(
     Raises:
         ValueError: shapes, ids, mask or arguments do not fit, or the targets hold fewer than k ids.
     """
-    _check_temperature("temperature", temperature)
+    check_temperature(temperature)
     check_fraction("label_smoothing", label_smoothing)
     student, targets, mask = _scored_targets(student_logits, targets, mask)
     if not 2 <= k <= targets.ids.shape[-1]:
@@ -273,20 +274,9 @@ def _kept_log_probs(
 
 def _divergence_rows(log_q: Tensor, log_p: Tensor, divergence: Divergence, beta: float) -> Tensor:
     """The divergence of each row, (tokens,)."""
-    jsd = divergence == "generalized_jsd"
-    if divergence == "forward_kl" or jsd and beta == 0:
-        return kl_rows(log_p, log_q)
-    if divergence == "reverse_kl" or jsd and beta == 1:
-        return kl_rows(log_q, log_p)
     if divergence == "total_variation":
         return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(dim=-1)
-    log_m = log_mix(beta, log_p, log_q)
-    return beta * kl_rows(log_p, log_m) + (1 - beta) * kl_rows(log_q, log_m)
-
-
-def _check_temperature(name: str, temperature: float | Tensor) -> None:
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {float(temperature)}")
+    return jsd_rows(log_q, log_p, {"forward_kl": 0.0, "reverse_kl": 1.0}.get(divergence, beta))
 
 
 def _check_choice(mode: str, divergence: str) -> None:
