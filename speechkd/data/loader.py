@@ -1,21 +1,35 @@
-"""Clips of a manifest as padded waveform batches; clips that cannot be decoded are set aside, not lost."""
+"""From clips to padded batches: labelling sets bad clips aside, training gets seeded workers and a copy ahead."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import pickle
+import random
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from speechkd.data.audio import AudioError, load_utterance
 from speechkd.data.manifest import Manifest
 from speechkd.files import write_jsonl
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+GRID_SAMPLES = 10_240  # 64 frames of 10 ms at 16 kHz
+PREFETCH_FACTOR = 4  # batches that each worker has ready
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid")
 
 
 @dataclass
@@ -44,11 +58,7 @@ class _Clips(Dataset):
     def __getitem__(self, position: int) -> tuple[dict[str, Any], Tensor | str]:
         utterance = self.manifest[self.indices[position]]
         try:
-            if utterance["duration_seconds"] > self.max_seconds:
-                raise AudioError(
-                    f"utterance {utterance['id']!r}: lasts {utterance['duration_seconds']:.1f} s, longer than the "
-                    f"{self.max_seconds:.0f} s that the model takes; cut it into shorter clips"
-                )
+            check_length(utterance, self.max_seconds)
             waveform = load_utterance(utterance, self.sample_rate_hz)
         except AudioError as error:
             return utterance, str(error)
@@ -57,11 +67,7 @@ class _Clips(Dataset):
 
 def _collate(items: list[tuple[dict[str, Any], Tensor | str]]) -> ClipBatch:
     good = [(utterance, clip) for utterance, clip in items if isinstance(clip, Tensor)]
-    skipped = [
-        {"id": utterance["id"], "audio": utterance["audio"], "reason": reason}
-        for utterance, reason in items
-        if isinstance(reason, str)
-    ]
+    skipped = [skipped_row(utterance, reason) for utterance, reason in items if isinstance(reason, str)]
     if not good:
         return ClipBatch(skipped=skipped)
     utterances, waveforms = zip(*good, strict=True)
@@ -99,10 +105,31 @@ def clip_batches(
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=on_cuda,
+        generator=torch.Generator(),  # without one, each pass draws from the global random state
     )
-    for batch in loader:
-        batch.waveforms = batch.waveforms.to(device, non_blocking=on_cuda)
-        yield batch
+    with explain_dead_workers():
+        for batch in loader:
+            batch.waveforms = batch.waveforms.to(device, non_blocking=on_cuda)
+            yield batch
+
+
+def check_length(utterance: dict[str, Any], max_seconds: float) -> None:
+    """Refuse an utterance that lasts longer than `max_seconds`.
+
+    Raises:
+        AudioError: it does.
+    """
+    if utterance["duration_seconds"] > max_seconds:
+        raise AudioError(
+            f"utterance {utterance['id']!r}: lasts {utterance['duration_seconds']:.1f} s, longer than the "
+            f"{max_seconds:.0f} s that the model takes; cut it into shorter clips"
+        )
+
+
+def skipped_row(utterance: dict[str, Any], reason: str) -> dict[str, Any]:
+    """A row of `skipped.jsonl`; `audio` is None where the utterance carries the bytes themselves."""
+    audio = utterance["audio"]
+    return {"id": utterance["id"], "audio": audio if isinstance(audio, str) else None, "reason": reason}
 
 
 def report_skipped(
@@ -138,3 +165,225 @@ def length_sorted(manifest: Manifest, indices: Sequence[int]) -> list[int]:
     """These positions ordered by duration, so that batches pad little and decode equally long."""
     durations = manifest.durations_seconds
     return sorted(indices, key=lambda index: (durations[index], index))
+
+
+def pad_waveforms(
+    waveforms: Sequence[Tensor], grid_samples: int = GRID_SAMPLES, max_samples: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Clips as one batch whose length is a multiple of a grid, so that compiled graphs and cuDNN see few shapes.
+
+    Args:
+        waveforms: clips, each (samples,), all int16 or all float32.
+        grid_samples: step of the padded length.
+        max_samples: window of the model, which rounding up never passes (Whisper 480,000); None has no such bound.
+
+    Returns:
+        Zero-padded (batch, samples) in the clips' dtype, and `num_samples`, (batch,), int64, both on the CPU.
+
+    Raises:
+        ValueError: no clip, dtypes that differ, `grid_samples` below 1, or a clip above `max_samples`.
+    """
+    if grid_samples < 1:
+        raise ValueError(f"grid_samples must be 1 or more, got {grid_samples}; 1 pads to the longest clip")
+    dtypes = {clip.dtype for clip in waveforms}
+    if len(dtypes) != 1:
+        raise ValueError(f"a batch takes clips of one dtype, got {sorted(map(str, dtypes)) or 'no clip'}")
+    num_samples = torch.tensor([len(clip) for clip in waveforms])
+    longest = int(num_samples.max())
+    padded_samples = -(-longest // grid_samples) * grid_samples
+    if max_samples is not None:
+        if longest > max_samples:
+            raise ValueError(
+                f"clip {int(num_samples.argmax())} of the batch has {longest} samples, more than max_samples="
+                f"{max_samples}; cut it into shorter clips"
+            )
+        padded_samples = min(padded_samples, max_samples)
+    batch = torch.zeros(len(waveforms), padded_samples, dtype=dtypes.pop())
+    for row, clip in zip(batch, waveforms, strict=True):
+        row[: len(clip)] = clip
+    return batch, num_samples
+
+
+def train_loader(
+    dataset: Dataset,
+    sampler: Sampler[list[int]],
+    collate: Callable[[list[Any]], Any],
+    *,
+    num_workers: int,
+    seed: int,
+    rank: int,
+) -> DataLoader:
+    """Batches of a map-style dataset in the sampler's order, decoded ahead by worker processes.
+
+    `random`, numpy and torch are seeded in each worker from (seed, rank, epoch of the sampler, worker number). The
+    random state of this process is never drawn from. What the dataset or `collate` raises in a worker is raised here
+    as it was, with the worker's traceback as its cause. All this holds as well for the loader that accelerate's
+    `skip_first_batches` makes of this one. The loop around it belongs into `explain_dead_workers`.
+
+    Args:
+        dataset: its items go through `collate`, in the workers.
+        sampler: batches of item indices; its `epoch`, where it has one, is read whenever iteration begins.
+        collate: items to a batch.
+        num_workers: decoding processes; 0 decodes in this one, and seeds nothing.
+        seed: 0 or more.
+        rank: index of this process.
+    """
+    return DataLoader(
+        _CollatedBatches(dataset, collate),
+        batch_sampler=sampler,
+        collate_fn=_same,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=PREFETCH_FACTOR if num_workers else None,
+        worker_init_fn=partial(_seed_worker, seed=seed, rank=rank, sampler=sampler),
+        generator=torch.Generator().manual_seed(seed),
+        persistent_workers=False,  # workers must see the sampler's epoch
+    )
+
+
+class _CollatedBatches(Dataset):
+    """Makes whole batches, so that one place catches what goes wrong in a worker."""
+
+    def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        try:
+            fetch = getattr(self.dataset, "__getitems__", None)  # a stream's: one index is a whole batch
+            return self.collate(fetch(indices) if fetch else [self.dataset[index] for index in indices])
+        except Exception as error:
+            worker = get_worker_info()
+            if worker is None:
+                raise
+            return _WorkerError(_sendable(error), worker.id)
+
+
+class _WorkerError(ExceptionWrapper):
+    """Stands for a batch on the way out of a worker, where torch lets it raise.
+
+    torch's own wrapper makes a new exception whose message begins with its words and a traceback.
+    """
+
+    def __init__(self, error: Exception, worker_id: int) -> None:
+        super().__init__(where=f"in DataLoader worker process {worker_id}")
+        self.error: Any = error
+
+    def reraise(self) -> None:
+        error, self.error = self.error, None
+        try:
+            raise error from RuntimeError(f"{self.where}\n{self.exc_msg}")
+        finally:
+            del error  # in a cycle with its traceback the loader would outlive it, and then wait 10 s for its workers
+
+
+def _sendable(error: Exception) -> Exception:
+    """The same, or its text where it does not survive pickling; what the queue cannot send is waited for for ever."""
+    try:
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    except Exception:
+        logger.debug("%s cannot be pickled", type(error).__name__, exc_info=True)
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def _seed_worker(worker_id: int, *, seed: int, rank: int, sampler: Sampler) -> None:
+    epoch = getattr(sampler, "epoch", 0)  # endless streams have none
+    words = np.random.SeedSequence([seed, rank, epoch, worker_id]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+    torch.set_num_threads(1)  # workers share the processors already
+    # schedulers send it to the whole process group, and the step that is saved then still needs its batches
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def explain_dead_workers() -> Iterator[None]:
+    """Say what to do when a loader's worker is killed; the signal may interrupt any line of the training loop.
+
+    Raises:
+        RuntimeError: a worker ended; torch's message and the way out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not DEAD_WORKER.search(str(error)):
+            raise
+        raise RuntimeError(
+            f"a process that loads audio was ended from outside ({str(error).strip()}). Mostly the machine ran out of "
+            "memory (`dmesg` says so): lower data.num_workers, then run the same command again, it resumes from the "
+            "last checkpoint"
+        ) from error
+
+
+def prefetch(batches: Iterator[dict[str, Any]], device: torch.device | str) -> Iterator[dict[str, Any]]:
+    """Batches on the device, each copied on a side stream while the step on the one before it runs.
+
+    Args:
+        batches: dicts; tensors in them, also inside lists, tuples and dicts, are moved. Only pinned ones are copied
+            while the device computes.
+        device: where they go. On a CPU `batches` itself is returned.
+
+    Yields:
+        The same batches. An error of `batches` is raised where its batch would come, not one earlier.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return batches
+    return _copied_ahead(batches, device)
+
+
+def _copied_ahead(batches: Iterator[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
+    side_stream = torch.cuda.Stream(device)
+
+    def copied() -> Iterator[tuple[dict[str, Any], torch.cuda.Event]]:
+        for batch in batches:
+            with torch.cuda.stream(side_stream):
+                on_device = _map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+                is_copied = side_stream.record_event()
+            yield on_device, is_copied
+
+    for batch, is_copied in _one_ahead(copied()):
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(is_copied)
+        # the allocator must not hand the memory to the next copy while this stream still reads it
+        _map_tensors(batch, methodcaller("record_stream", stream))
+        yield batch
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each taken before the one in front of it is handed out; an error waits for its turn."""
+    held: list[Item] = []
+    try:
+        for item in items:
+            yield from held
+            held = [item]
+    except Exception as caught:
+        error: Exception | None = caught
+    else:
+        error = None
+    yield from held
+    if error is not None:
+        raise error
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same nest of dicts, lists and tuples with `function` of each tensor; other values as they are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(element, function) for key, element in value.items()}
+    if isinstance(value, (list, tuple)):
+        elements = [_map_tensors(element, function) for element in value]
+        return elements if isinstance(value, list) else tuple(elements)
+    return value

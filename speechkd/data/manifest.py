@@ -37,7 +37,8 @@ class ManifestError(ValueError):
 class Manifest:
     """Utterances of one manifest, memory-mapped.
 
-    `manifest[i]` is a dict with the fields of `FIELDS` (None where absent); `audio` is an absolute path.
+    `manifest[i]` is a dict with the fields of `FIELDS` (None where absent); `audio` is an absolute path, or that of a
+    tar and `#member`.
 
     Args:
         path: the JSONL file.
@@ -86,7 +87,7 @@ def read_manifest(path: str | Path, max_problems_shown: int = MAX_PROBLEMS_SHOWN
 
     Raises:
         ManifestError: the file is missing, empty or not UTF-8, or lines are malformed, lack a field, repeat an id,
-            or name audio that does not exist. One message lists all of it.
+            or name audio that does not exist, as a file or in its tar. One message lists all of it.
     """
     path = Path(path).resolve()
     if not path.is_file():
@@ -167,7 +168,32 @@ def _parse_line(line: bytes, folder: Path) -> tuple[dict[str, Any] | None, list[
         return None, [f"not JSON that can be read ({error}); write one flat JSON object a line"]
     if not isinstance(utterance, dict):
         return None, [f"holds {type(utterance).__name__}, not a JSON object"]
-    name = f"utterance {_shown(utterance['id'])}" if "id" in utterance else "utterance"
+    problems = _type_problems(utterance)
+    if problems:
+        return None, problems
+    problems = _range_problems(utterance)
+    try:
+        missing = _missing_audio(folder / utterance["audio"])
+        if missing:
+            problems.append(f"{_name(utterance)}: {missing}")
+    except OSError as error:  # a name that the file system cannot hold, a folder that may not be read
+        problems.append(
+            f"{_name(utterance)}: audio={_shown(utterance['audio'])} cannot be looked up ({error.strerror})"
+        )
+    return utterance, problems
+
+
+def utterance_problems(utterance: dict[str, Any]) -> list[str]:
+    """What is wrong with the fields of an utterance, without a look at its audio; [] where nothing is."""
+    return _type_problems(utterance) or _range_problems(utterance)
+
+
+def _name(utterance: dict[str, Any]) -> str:
+    return f"utterance {_shown(utterance['id'])}" if "id" in utterance else "utterance"
+
+
+def _type_problems(utterance: dict[str, Any]) -> list[str]:
+    name = _name(utterance)
     problems = [f"{name} lacks the field {field!r}" for field in REQUIRED if field not in utterance]
     for field, value in utterance.items():
         expected = REQUIRED.get(field) or OPTIONAL.get(field)
@@ -179,8 +205,11 @@ def _parse_line(line: bytes, folder: Path) -> tuple[dict[str, Any] | None, list[
             problems.append(f"{name} has {field}={_shown(value)} with half a surrogate pair; write whole characters")
         elif field == "slots" and not all(map(_is_slot, value)):
             problems.append(f"{name} has slots={_shown(value)}; each must hold the texts name and value, nothing else")
-    if problems:
-        return None, problems
+    return problems
+
+
+def _range_problems(utterance: dict[str, Any]) -> list[str]:
+    name, problems = _name(utterance), []
     duration, offset = _as_float(utterance["duration_seconds"]), _as_float(utterance.get("offset_seconds", 0.0))
     if not (math.isfinite(duration) and duration > 0):
         problems.append(f"{name} has duration_seconds={_shown(utterance['duration_seconds'])}; it must be positive")
@@ -190,12 +219,21 @@ def _parse_line(line: bytes, folder: Path) -> tuple[dict[str, Any] | None, list[
         problems.append(
             f"{name} has sample_rate_hz={_shown(utterance['sample_rate_hz'])}; it must be 1 to {MAX_SAMPLE_RATE_HZ}"
         )
+    return problems
+
+
+def _missing_audio(path: Path) -> str | None:
+    """Why there is no audio under this path, which may be `shard.tar#member`; None where there is."""
+    from speechkd.data.shards import find_member, split_member  # here, because shards are written from manifests
+
+    in_tar = split_member(str(path))
+    if in_tar is None:
+        return None if path.is_file() else f"audio file {path} does not exist"
     try:
-        if not (folder / utterance["audio"]).is_file():
-            problems.append(f"{name}: audio file {folder / utterance['audio']} does not exist")
-    except OSError as error:  # a name that the file system cannot hold, a folder that may not be read
-        problems.append(f"{name}: audio={_shown(utterance['audio'])} cannot be looked up ({error.strerror})")
-    return utterance, problems
+        find_member(*in_tar)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _shown(value: Any) -> str:

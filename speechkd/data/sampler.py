@@ -263,11 +263,15 @@ class StreamBatcher(Generic[Item]):
         self.held: list[list[Item]] = [[] for _ in self.edges_seconds]
         self.longest_seconds = list(self.edges_seconds)  # the last grows with what comes
 
-    def batches(self, stream: Iterable[tuple[Item, float]]) -> Iterator[list[Item]]:
+    def batches(
+        self, stream: Iterable[tuple[Item, float]], wanted_buckets: Iterator[int] | None = None
+    ) -> Iterator[list[Item]]:
         """Batches of this rank.
 
         Args:
             stream: items with their padded length in seconds; after `load_state_dict`, without the first `num_read`.
+            wanted_buckets: for each batch the bucket that it should come from; the nearest one that holds a full batch
+                gives it. Batchers of different streams that want the same pad alike. None draws one at random.
 
         Raises:
             ValueError: a duration is not a positive number or above `max_batch_seconds`; names the item's position.
@@ -275,9 +279,9 @@ class StreamBatcher(Generic[Item]):
         for item, duration_seconds in stream:
             self._hold(item, duration_seconds)
             while sum(map(len, self.held)) >= self.buffer_size:
-                yield self._draw()
+                yield self._draw(wanted_buckets)
         while any(self.held):
-            yield self._draw()
+            yield self._draw(wanted_buckets)
 
     def state_dict(self) -> dict[str, Any]:
         """What continues the epoch: the items held, the generator and `num_read`; its size is that of the buffer."""
@@ -321,13 +325,14 @@ class StreamBatcher(Generic[Item]):
         self.longest_seconds[bucket] = max(self.longest_seconds[bucket], duration_seconds)
         self.num_read += 1
 
-    def _draw(self) -> list[Item]:
+    def _draw(self, wanted_buckets: Iterator[int] | None) -> list[Item]:
         """Take one group of batches out of a bucket and return this rank's."""
         counts = np.array([len(items) for items in self.held])
         full = np.array([self.limits.batch_size(seconds) for seconds in self.longest_seconds]) * self.world_size
         ready = np.flatnonzero(counts >= full)
+        wanted = None if wanted_buckets is None else next(wanted_buckets)
         if len(ready):
-            bucket = int(self.generator.choice(ready))
+            bucket = int(self.generator.choice(ready) if wanted is None else ready[np.abs(ready - wanted).argmin()])
         else:
             enough = counts >= self.world_size
             bucket = int(np.argmax(counts / full * (enough if enough.any() else 1)))
