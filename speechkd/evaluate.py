@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import torch
 
-from speechkd.data.manifest import Manifest, read_manifest
+from speechkd.data.hub import read_utterances
+from speechkd.data.manifest import Manifest
 from speechkd.files import write_json, write_jsonl
 from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStore
@@ -53,7 +54,7 @@ def evaluate_asr(
             f"reference {reference!r} and labels_dir {labels_dir} do not fit: a teacher's labels need both"
         )
     output_dir = Path(output_dir)
-    manifest = read_manifest(manifest_path)
+    manifest = read_utterances(manifest_path)
     references = _references(manifest, labels_dir)
     store = label_manifest(
         model_name,

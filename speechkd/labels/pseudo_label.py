@@ -12,12 +12,14 @@ from transformers import WhisperForConditionalGeneration
 
 from speechkd.data.collate import WhisperTokens
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
+from speechkd.data.hub import read_utterances
 from speechkd.data.loader import ClipBatch, clip_batches, length_sorted, report_skipped
-from speechkd.data.manifest import Manifest, read_manifest
+from speechkd.data.manifest import Manifest
 from speechkd.files import folder_lock
 from speechkd.labels.filters import compression_ratio
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, create_store
 from speechkd.models.whisper import greedy_decode
+from speechkd.preemption import Preempted, sigterm_requests
 from speechkd.teachers import load_processor, load_whisper, teacher_identity
 
 logger = logging.getLogger(__name__)
@@ -83,10 +85,11 @@ def label_manifest(
 
     Raises:
         ManifestError, LabelStoreError, AudioError: see their modules.
+        Preempted: SIGTERM came; the batches before it are stored.
     """
     output_dir = Path(output_dir)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    manifest = read_manifest(manifest_path)
+    manifest = read_utterances(manifest_path)
     with folder_lock(output_dir):
         model = load_whisper(model_name, device=device)
         store = create_store(output_dir, store_header(model_name, model, targets, decoding))
@@ -168,7 +171,10 @@ def _label(
     hours = manifest.durations_seconds / 3600
     started = last_write = time.monotonic()
     warm = False
-    with _progress_bar(float(hours.sum()), float(hours.sum() - hours[pending].sum())) as bar:
+    with (
+        sigterm_requests() as termination,
+        _progress_bar(float(hours.sum()), float(hours.sum() - hours[pending].sum())) as bar,
+    ):
         for batch in batches:
             skipped += batch.skipped
             if batch.utterances:
@@ -180,11 +186,14 @@ def _label(
                 rows += new_rows
                 if keep_states:
                     arrays.update({row["id"]: state for row, state in zip(new_rows, states.half().cpu(), strict=True)})
-            if rows and (len(rows) >= SHARD_UTTERANCES or time.monotonic() - last_write > SHARD_SECONDS):
+            is_due = len(rows) >= SHARD_UTTERANCES or time.monotonic() - last_write > SHARD_SECONDS
+            if rows and (is_due or termination.received):
                 store.write_shard(rows, arrays)
                 rows, arrays, last_write = [], {}, time.monotonic()
             bar.update(sum(utterance["duration_seconds"] for utterance in batch.utterances) / 3600)
             bar.set_postfix_str(f"{(bar.n - bar.initial) / (time.monotonic() - started):.5f} audio-h/s")
+            if termination.received:
+                raise Preempted(f"stopped by SIGTERM; what is labelled is in {store.folder}, the same command resumes")
     if rows:
         store.write_shard(rows, arrays)
     report_skipped(skipped, len(manifest), store.folder, max_skipped_fraction)
