@@ -1,4 +1,4 @@
-"""The `speechkd` command. Exit codes: 0 done, 1 failed, 2 bad input."""
+"""The `speechkd` command. Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped by SIGTERM and resumable."""
 
 import json
 import logging
@@ -7,6 +7,8 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from speechkd.preemption import PREEMPTED_EXIT_CODE, Preempted, sigterm_raises
 
 logger = logging.getLogger(__name__)
 
@@ -17,19 +19,32 @@ def exit_codes() -> Iterator[None]:
 
     Raises:
         SystemExit: 2 for bad input and for what the system refuses (missing files, a full disk), 1 for a loss that is
-            not finite.
+            not finite, 75 after SIGTERM.
     """
     try:
-        yield
+        with sigterm_raises():
+            yield
+    except Preempted as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(PREEMPTED_EXIT_CODE) from error
     except (ValueError, OSError, FloatingPointError) as error:
         logger.debug("traceback", exc_info=True)
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from error
+    finally:
+        distributed = sys.modules.get("torch.distributed")  # importing torch takes seconds that --help need not have
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `speechkd`."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.run is _doctor:
+        arguments.overrides = overrides
+    elif overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # transformers warns at each call that max_new_tokens goes before the checkpoint's max_length, as it should
     logging.getLogger("transformers.generation").setLevel(logging.ERROR)
@@ -37,8 +52,14 @@ def main(argv: list[str] | None = None) -> None:
         result = arguments.run(arguments)
     if arguments.json:
         sys.stdout.write(json.dumps(result) + "\n")
+    elif arguments.run is _doctor:
+        from speechkd.doctor import report_lines
+
+        sys.stdout.writelines(f"{line}\n" for line in report_lines(result))
     else:
         sys.stdout.writelines(f"{key}: {_readable(value)}\n" for key, value in result.items())
+    if arguments.run is _doctor and result["problems"]:
+        raise SystemExit(2)
 
 
 def _parser() -> ArgumentParser:
@@ -70,8 +91,15 @@ def _parser() -> ArgumentParser:
     _add_decoding(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
-    doctor = commands.add_parser("doctor", help="examine this machine, and a manifest")
-    doctor.add_argument("--manifest", help="validate this manifest too")
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine this machine, a configuration and a manifest",
+        usage="speechkd doctor [-h] [--config FILE] [--manifest FILE] [--json] [--section.key value ...]",
+        epilog="--section.key value changes a setting of the configuration. Ends with 2 if there are problems.",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--config", metavar="FILE", help="check this recipe configuration, without training")
+    doctor.add_argument("--manifest", metavar="FILE", help="validate this manifest")
     doctor.set_defaults(run=_doctor)
     for command in (label, evaluate, doctor):
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -146,7 +174,7 @@ def _evaluate(arguments: Namespace) -> dict[str, Any]:
 def _doctor(arguments: Namespace) -> dict[str, Any]:
     from speechkd.doctor import examine
 
-    return examine(arguments.manifest)
+    return examine(arguments.manifest, arguments.config, arguments.overrides)
 
 
 def _readable(value: Any) -> str:

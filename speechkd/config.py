@@ -13,6 +13,7 @@ from typing import Literal, TypeVar, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from speechkd.data.augment import WaveformAugmentConfig
 from speechkd.files import atomic_write
 
 ConfigT = TypeVar("ConfigT")
@@ -28,11 +29,13 @@ class TeacherConfig:
 
     Args:
         name: Hub id, local folder or `bundled:<name>`.
+        dtype: of its weights; null is float32 on a CPU and the checkpoint's own elsewhere. The student is float32.
         cache_encoder_states: read the frozen encoder's output from the label store instead of running the encoder.
         license: licence of its weights, which the student's model card repeats.
     """
 
     name: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     license: str | None = None
     cache_encoder_states: bool = False
 
@@ -42,10 +45,12 @@ class DataConfig:
     """Manifests, labels and batches.
 
     Args:
-        train_manifest: utterances to train on.
+        train_manifest: utterances to train on, a manifest or `hub:NAME[:CONFIG]:SPLIT`.
         test_manifest: utterances to score on.
-        labels_dir: folder of the label stores `train` and `test`, written by the teacher; null trains on the
+        dev_manifest: utterances for `trainer.eval_strategy`, by which a student may be chosen; null for none.
+        labels_dir: folder of the label stores `train`, `test` and `dev`, written by the teacher; null trains on the
             manifest's own text.
+        augment: speed, noise and reverberation of the training audio; null for none.
         max_batch_seconds: padded audio seconds per device and step; Whisper pads every clip to 30 s.
         max_skipped_fraction: share of clips that may be undecodable before a run fails.
         num_workers: processes that prepare batches; 0 prepares them in the main process.
@@ -53,7 +58,9 @@ class DataConfig:
 
     train_manifest: str
     test_manifest: str
+    dev_manifest: str | None = None
     labels_dir: str | None = None
+    augment: WaveformAugmentConfig | None = None
     max_batch_seconds: float = 240.0
     max_skipped_fraction: float = 0.01
     num_workers: int = 0

@@ -36,27 +36,43 @@ class CachedItems(Dataset):
         text = [500 + index] * (1 + index % 5)
         return {
             "id": f"clip-{index}",
+            "duration_seconds": 10.0,
             "token_ids": [*TOKENS.prefix, *text, TOKENS.end_of_text],
             "encoder_states": self.states[index],
         }
 
 
-def make_trainer(output_dir: Path, *, batch: int = 4, items: Dataset | None = None, kl: float = 1.0, **arguments):
+def make_trainer(
+    output_dir: Path,
+    *,
+    batch: int = 4,
+    items: Dataset | None = None,
+    kl: float = 1.0,
+    rank: int = 0,
+    world_size: int = 1,
+    teacher_dtype: torch.dtype = torch.float32,
+    eval_items: int = 0,
+    **arguments,
+):
     teacher = tiny_whisper(decoder_layers=2)
     student = student_from_teacher(teacher, decoder_layers=1)
     with torch.no_grad():
         student.model.decoder.embed_tokens.weight[:1000] += 0.02  # a difference for the KL term to see
     freeze_student(student)
+    teacher.to(teacher_dtype)
     settings = {"max_steps": 6, "learning_rate": 1e-3, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    settings["report_to"] = "none"
     return DistillationTrainer(
         student,
         teacher if kl else None,
-        args=DistillationArguments(output_dir=str(output_dir), use_cpu=True, **(settings | arguments)),
+        args=DistillationArguments(output_dir=str(output_dir), **({"use_cpu": True} | settings | arguments)),
         train_dataset=items or CachedItems(),
         collate=partial(collate_whisper, tokens=TOKENS),
-        sampler=DurationBatchSampler(np.full(NUM_ITEMS, 30.0), 30.0 * batch, seed=3),
+        sampler=DurationBatchSampler(np.full(NUM_ITEMS, 30.0), 30.0 * batch, seed=3, rank=rank, world_size=world_size),
         loss_terms=partial(loss_terms, weights=LossConfig(kl=kl), log_mel=WhisperLogMel(), shared_encoder=None),
         count_items=count_items,
+        eval_dataset=CachedItems() if eval_items else None,
+        eval_sampler=DurationBatchSampler(np.full(eval_items, 30.0), 90.0) if eval_items else None,
     )
 
 

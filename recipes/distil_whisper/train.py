@@ -5,29 +5,31 @@ Gandhi et al. 2023, https://arxiv.org/abs/2311.00430. Launch: python recipes/dis
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration, WhisperProcessor, set_seed
 
 from speechkd.cli import exit_codes
 from speechkd.config import DataConfig, EvaluationConfig, TeacherConfig, parse_config, save_config
+from speechkd.data.audio import pcm16_to_float
+from speechkd.data.augment import WaveformAugment
 from speechkd.data.collate import WhisperTokens
-from speechkd.data.features import WhisperLogMel
-from speechkd.data.manifest import read_manifest
+from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
+from speechkd.data.hub import read_utterances
 from speechkd.data.sampler import DurationBatchSampler
 from speechkd.data.whisper import WhisperTrainSet, collate_whisper, pseudo_labelled_set, reference_set
 from speechkd.doctor import hardware_name
 from speechkd.export.huggingface import model_card, save_student
-from speechkd.files import write_json
+from speechkd.files import folder_lock, write_json
 from speechkd.labels.filters import FilterConfig
 from speechkd.labels.pseudo_label import DecodingConfig
 from speechkd.labels.teacher_cache import LabelStore, check_teacher
@@ -118,6 +120,16 @@ class DistilWhisperConfig:
                 )
             if self.data.labels_dir is None:
                 raise ValueError("teacher.cache_encoder_states needs data.labels_dir, the label store that holds them")
+            if self.data.augment is not None:
+                raise ValueError("data.augment changes the audio; set teacher.cache_encoder_states=false for it")
+        if self.trainer.dataloader_num_workers not in (0, self.data.num_workers):
+            raise ValueError(
+                f"trainer.dataloader_num_workers={self.trainer.dataloader_num_workers} is not data.num_workers="
+                f"{self.data.num_workers}; set data.num_workers alone"
+            )
+        self.trainer.dataloader_num_workers = self.data.num_workers
+        if self.trainer.eval_strategy != "no" and self.data.dev_manifest is None:
+            raise ValueError(f"trainer.eval_strategy={self.trainer.eval_strategy} needs data.dev_manifest")
 
 
 def loss_terms(
@@ -135,20 +147,25 @@ def loss_terms(
     carries its states.
     """
     labels, decoder_input_ids = batch["labels"], batch["decoder_input_ids"]
+    features = states = None
     if "encoder_states" in batch:
-        inputs = teacher_inputs = {"encoder_outputs": (batch["encoder_states"].float(),)}
+        states = batch["encoder_states"].float()
     else:
-        features = log_mel(batch["waveforms"])
-        inputs = teacher_inputs = {"input_features": features}
+        features = log_mel(pcm16_to_float(batch["waveforms"]))
         if shared_encoder is not None:
             with torch.no_grad():
-                inputs = teacher_inputs = {"encoder_outputs": (shared_encoder(features).last_hidden_state,)}
+                states = shared_encoder(features).last_hidden_state
+    inputs = {"input_features": features} if states is None else {"encoder_outputs": (states,)}
     student, head = decoder_states(model, **inputs, decoder_input_ids=decoder_input_ids)
     if teacher is None:
         loss = fused_linear_cross_entropy(student, head, labels, reduction="sum")
         return weights.cross_entropy * loss, {"cross_entropy": loss.detach()}
+    if states is None:
+        inputs = {"input_features": features.to(teacher.dtype)}
+    else:
+        inputs = {"encoder_outputs": (states.to(teacher.dtype),)}
     with torch.no_grad():
-        teacher_states = decoder_states(teacher, **teacher_inputs, decoder_input_ids=decoder_input_ids)
+        teacher_states = decoder_states(teacher, **inputs, decoder_input_ids=decoder_input_ids)
     total, terms = fused_linear_distillation(
         student,
         head,
@@ -174,7 +191,7 @@ def build_models(
     device = config.trainer.device
     teacher, identity = None, None
     if config.teacher is not None:
-        teacher = load_whisper(config.teacher.name, device=device)
+        teacher = load_whisper(config.teacher.name, dtype=config.teacher.dtype, device=device)
         identity = teacher_identity(config.teacher.name, teacher)
     if config.student.init_from is not None or teacher is None:
         student = load_whisper(str(config.student.init_from), device=device)
@@ -185,6 +202,7 @@ def build_models(
             encoder_layers=config.student.encoder_layers,
             decoder_layers_numbers=config.student.decoder_layers_numbers,
         )
+    student.float()  # a large teacher may come in half precision, in which small updates are lost
     freeze_student(
         student, encoder=config.student.freeze_encoder, embed_positions=config.student.freeze_embed_positions
     )
@@ -200,24 +218,26 @@ def build_models(
     return student, teacher, identity
 
 
-def build_train_set(
+def build_set(
     config: DistilWhisperConfig,
+    split: Literal["train", "dev"],
     identity: dict[str, Any] | None,
     tokenizer: PreTrainedTokenizerBase,
     tokens: WhisperTokens,
 ) -> tuple[WhisperTrainSet, dict[str, Any]]:
-    """The utterances to train on, and the report of the label filters."""
-    manifest = read_manifest(config.data.train_manifest)
+    """The utterances of a split with their labels, and the report of the label filters."""
+    manifest = read_utterances(str(config.data.train_manifest if split == "train" else config.data.dev_manifest))
     if config.data.labels_dir is None:
-        train_set = reference_set(
+        labelled_set = reference_set(
             manifest,
             tokenizer,
             tokens,
-            output_dir=config.trainer.output_dir,
+            output_dir=str(Path(config.trainer.output_dir) / ("dev" if split == "dev" else "")),
             max_skipped_fraction=config.data.max_skipped_fraction,
+            num_workers=config.data.num_workers,
         )
-        return train_set, {}
-    store = LabelStore(Path(config.data.labels_dir) / "train")
+        return labelled_set, {}
+    store = LabelStore(Path(config.data.labels_dir) / split)
     if identity is not None:
         check_teacher(store, identity)
     cached = config.teacher is not None and config.teacher.cache_encoder_states
@@ -263,23 +283,22 @@ def describe_run(
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    config, resolved_yaml = parse_config(DistilWhisperConfig, argv)
-    output_dir = Path(config.trainer.output_dir)
-    save_config(resolved_yaml, output_dir)
-    if (output_dir / "run.json").exists():
-        logger.info("%s holds a finished training", output_dir)
-        return
+def build_trainer(config: DistilWhisperConfig) -> tuple[DistillationTrainer, WhisperProcessor, dict[str, Any]]:
+    """Everything of a run before its first step: the trainer, the processor, and the facts for `run.json`."""
     set_seed(config.trainer.seed)
     student, teacher, identity = build_models(config)
     processor = load_processor(config.teacher.name if config.teacher else str(config.student.init_from))
     tokens = WhisperTokens.from_tokenizer(
         processor.tokenizer, language=config.decoding.language, task=config.decoding.task
     )
-    train_set, filter_report = build_train_set(config, identity, processor.tokenizer, tokens)
+    with config.trainer.main_process_first(desc="preparing the data"):
+        train_set, filter_report = build_set(config, "train", identity, processor.tokenizer, tokens)
+        dev_set = None
+        if config.data.dev_manifest is not None:
+            dev_set, _ = build_set(config, "dev", identity, processor.tokenizer, tokens)
+    if config.data.augment is not None:
+        train_set.augment = WaveformAugment(config.data.augment, SAMPLE_RATE_HZ, config.trainer.seed)
     run = describe_run(config, student, teacher, identity, train_set, filter_report)
-    if not (output_dir / "student_init").exists():
-        save_student(student, processor, output_dir / "student_init", model_card(run))
     encoder = student.model.encoder
     shared = config.student.freeze_encoder and (teacher is None or teacher.model.encoder is encoder)
     trainer = DistillationTrainer(
@@ -302,12 +321,32 @@ def main(argv: list[str] | None = None) -> None:
             shared_encoder=encoder if shared else None,
         ),
         count_items=count_items,
+        eval_dataset=dev_set,
+        eval_sampler=None
+        if dev_set is None
+        else DurationBatchSampler(np.full(len(dev_set), WINDOW_SECONDS), config.data.max_batch_seconds),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output_dir)))
-    if trainer.is_world_process_zero():
-        save_student(student, processor, output_dir / "student", model_card(run))
-        write_json(output_dir / "run.json", run)
-        logger.info("student: %s", output_dir / "student")
+    return trainer, processor, run
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, resolved_yaml = parse_config(DistilWhisperConfig, argv)
+    output_dir = Path(config.trainer.output_dir)
+    is_main = config.trainer.process_index == 0
+    with folder_lock(output_dir) if is_main else nullcontext():
+        if is_main:
+            save_config(resolved_yaml, output_dir)
+        if (output_dir / "run.json").exists():
+            logger.info("%s holds a finished training", output_dir)
+            return
+        trainer, processor, run = build_trainer(config)
+        if is_main and not (output_dir / "student_init").exists():
+            save_student(trainer.model, processor, output_dir / "student_init", model_card(run))
+        trainer.train(resume_from_checkpoint=True)
+        if is_main:
+            save_student(trainer.model, processor, output_dir / "student", model_card(run))
+            write_json(output_dir / "run.json", run)
+            logger.info("student: %s", output_dir / "student")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,21 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from speechkd.data.audio import load_utterance
+from speechkd.data.audit import usable_clips
+from speechkd.data.augment import WaveformAugment
 from speechkd.data.collate import MAX_LABEL_TOKENS, WhisperTokens, collate_labels
-from speechkd.data.features import SAMPLE_RATE_HZ
-from speechkd.data.loader import clip_batches, report_skipped
+from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES
+from speechkd.data.loader import pad_waveforms, report_skipped
 from speechkd.data.manifest import Manifest
+from speechkd.files import read_jsonl
 from speechkd.labels.filters import FilterConfig, apply_filters
 from speechkd.labels.teacher_cache import LabelStore
 
@@ -21,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 class WhisperTrainSet(Dataset):
-    """Items are dicts with `id`, `token_ids` and `waveform` (samples,) or `encoder_states` (frames, dim).
+    """Items are dicts with `id`, `duration_seconds`, `token_ids` and `waveform` or `encoder_states`.
+
+    `waveform` is (samples,), int16, or float32 where it is augmented; `encoder_states` is (frames, dim).
 
     Args:
         manifest: the utterances of the items, one each.
@@ -31,28 +36,47 @@ class WhisperTrainSet(Dataset):
 
     def __init__(self, manifest: Manifest, token_ids: list[list[int]], states: LabelStore | None = None) -> None:
         self.manifest, self.token_ids, self.states = manifest, token_ids, states
+        self.augment: WaveformAugment | None = None
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Choose what the augmentation draws."""
+        self.epoch = epoch
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         utterance = self.manifest[index]
-        item = {"id": utterance["id"], "token_ids": self.token_ids[index]}
+        item = {name: utterance[name] for name in ("id", "duration_seconds")} | {"token_ids": self.token_ids[index]}
         if self.states is not None:
             return {**item, "encoder_states": self.states.array(utterance["id"])}
-        return {**item, "waveform": load_utterance(utterance, SAMPLE_RATE_HZ)}
+        if self.augment is None:
+            return {**item, "waveform": load_utterance(utterance, SAMPLE_RATE_HZ, torch.int16)}
+        waveform = load_utterance(utterance, SAMPLE_RATE_HZ)
+        augmented = self.augment(waveform, utterance["id"], self.epoch)
+        # slowed down beyond the window, the clip would lose the words at its end
+        return {**item, "waveform": augmented if len(augmented) <= WINDOW_SAMPLES else waveform}
 
 
 def collate_whisper(items: Sequence[dict[str, Any]], tokens: WhisperTokens) -> dict[str, Any]:
     """A batch: `ids`, `decoder_input_ids` and `labels` (batch, tokens), and what the items carry of the audio.
 
-    That is `waveforms`, (batch, samples), zero-padded, or `encoder_states`, (batch, frames, dim).
+    That is `waveforms`, (batch, samples), zero-padded, or `encoder_states`, (batch, frames, dim). `audio_seconds` and
+    `padded_seconds` are for the log; Whisper pads every clip to its window.
     """
     decoder_input_ids, labels = collate_labels([item["token_ids"] for item in items], tokens)
-    batch = {"ids": [item["id"] for item in items], "decoder_input_ids": decoder_input_ids, "labels": labels}
+    batch = {
+        "ids": [item["id"] for item in items],
+        "decoder_input_ids": decoder_input_ids,
+        "labels": labels,
+        "audio_seconds": sum(item["duration_seconds"] for item in items),
+        "padded_seconds": len(items) * WINDOW_SAMPLES / SAMPLE_RATE_HZ,
+    }
     if "encoder_states" in items[0]:
         return {**batch, "encoder_states": torch.stack([item["encoder_states"] for item in items])}
-    return {**batch, "waveforms": pad_sequence([item["waveform"] for item in items], batch_first=True)}
+    waveforms, _ = pad_waveforms([item["waveform"] for item in items], max_samples=WINDOW_SAMPLES)
+    return {**batch, "waveforms": waveforms}
 
 
 def pseudo_labelled_set(
@@ -99,10 +123,11 @@ def reference_set(
     *,
     output_dir: str,
     max_skipped_fraction: float,
+    num_workers: int = 0,
 ) -> WhisperTrainSet:
     """Utterances with their own text as labels, for fine-tuning without a teacher.
 
-    Audio is decoded once beforehand: what cannot be used is named in `skipped.jsonl`.
+    Audio is decoded once beforehand, by `usable_clips`: what cannot be used is named in `skipped.jsonl`.
 
     Args:
         manifest: utterances with `text`.
@@ -110,6 +135,7 @@ def reference_set(
         tokens: special ids for the language and task.
         output_dir: folder of `skipped.jsonl`.
         max_skipped_fraction: share of clips that may be undecodable or have a label that is too long.
+        num_workers: processes that decode; 0 decodes in this one.
 
     Raises:
         ValueError: an utterance has no text.
@@ -125,15 +151,24 @@ def reference_set(
         [*tokens.prefix, *tokenizer.encode(" " + text.strip(), add_special_tokens=False), tokens.end_of_text]
         for text in references
     ]
-    audio = clip_batches(manifest, range(len(manifest)), sample_rate_hz=SAMPLE_RATE_HZ, batch_size=16)
-    skipped = [row for batch in audio for row in batch.skipped]
-    bad = {row["id"] for row in skipped}
-    for key, label in zip(manifest.ids, labels, strict=True):
-        if key not in bad and len(label) > MAX_LABEL_TOKENS:
-            skipped.append(
-                {"id": key, "audio": None, "reason": f"label of {len(label)} tokens, above {MAX_LABEL_TOKENS}"}
-            )
-    report_skipped(skipped, len(manifest), output_dir, max_skipped_fraction)
-    bad = {row["id"] for row in skipped}
-    chosen = [index for index, key in enumerate(manifest.ids) if key not in bad]
+    usable = usable_clips(
+        manifest,
+        output_dir,
+        max_seconds=WINDOW_SAMPLES / SAMPLE_RATE_HZ,
+        max_skipped_fraction=max_skipped_fraction,
+        num_workers=num_workers,
+    )
+    too_long = [index for index in usable if len(labels[index]) > MAX_LABEL_TOKENS]
+    if too_long:
+        ids = manifest.ids
+        skipped = read_jsonl(Path(output_dir) / "skipped.jsonl") + [
+            {
+                "id": ids[index],
+                "audio": None,
+                "reason": f"label of {len(labels[index])} tokens, above {MAX_LABEL_TOKENS}",
+            }
+            for index in too_long
+        ]
+        report_skipped(skipped, len(manifest), output_dir, max_skipped_fraction)
+    chosen = sorted(set(usable) - set(too_long))
     return WhisperTrainSet(manifest.select(chosen), [labels[index] for index in chosen])

@@ -148,9 +148,9 @@ def freeze_student(
 
 
 def encoders_equal(first: WhisperForConditionalGeneration, second: WhisperForConditionalGeneration) -> bool:
-    """Whether two models have bit-equal encoders, so that one can stand for both while it is frozen."""
+    """Whether two models have equal encoders, whatever their dtypes, so that one can stand for both while frozen."""
     ours, theirs = first.model.encoder.state_dict(), second.model.encoder.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name].float(), theirs[name].float()) for name in ours)
 
 
 def decoder_states(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
