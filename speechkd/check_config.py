@@ -1,0 +1,362 @@
+"""Checks of a configuration before any training: its keys, teacher, manifests and labels; all problems at once."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shlex
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, PreTrainedConfig
+
+from speechkd.config import parse_config
+from speechkd.data.collate import WhisperTokens
+from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES
+from speechkd.data.hub import read_utterances
+from speechkd.data.manifest import Manifest
+from speechkd.doctor import free_disk_gb
+from speechkd.estimate import estimate_costs, find_recipe, load_recipe, recipe_config_class
+from speechkd.labels.teacher_cache import LabelStore, LabelStoreError
+from speechkd.teachers import load_processor, resolve_model
+
+SPLITS = ("train", "dev", "test")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+@dataclasses.dataclass
+class _Findings:
+    """What is wrong or worth knowing, and what keeps the estimates from being made."""
+
+    problems: list[str] = dataclasses.field(default_factory=list)
+    advice: list[str] = dataclasses.field(default_factory=list)
+    blocking: list[str] = dataclasses.field(default_factory=list)
+
+    def block(self, problem: str, reason: str) -> None:
+        self.problems.append(problem)
+        self.blocking.append(reason)
+
+
+def check_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Check a configuration with its manifests, label stores and teacher, and estimate what training costs.
+
+    Nothing is written into the run folder or the label stores; see `speechkd.estimate` for how the recipe is found.
+
+    Args:
+        path: YAML beside a recipe's `train.py`, or the resolved `config.yaml` of a run.
+        overrides: `--section.key value` arguments.
+
+    Returns:
+        JSON-serialisable facts: `config`, `output_dir`, `free_disk_gb`, `manifests`, `labels`, `estimates`, `problems`,
+        `advice`; only the last two where the configuration cannot be read.
+    """
+    path, found = Path(path), _Findings()
+    facts: dict[str, Any] = {}
+    try:
+        recipe = find_recipe(path)
+        config_class = recipe_config_class(load_recipe(recipe))
+    except (ValueError, ImportError) as error:
+        return {"problems": [str(error)], "advice": []}
+    facts["config"] = {"path": str(path), "recipe": str(recipe), "class": config_class.__name__}
+    config, wrong = read_config(config_class, path, overrides)
+    for problem in wrong:
+        found.block(problem, "the configuration has errors")
+    if config is not None:
+        facts["output_dir"] = str(config.trainer.output_dir)
+        facts["free_disk_gb"] = free_disk_gb(config.trainer.output_dir)
+        model = _check_model(config, found)
+        run_sh = _stage_command(recipe, path)
+        manifests, facts["manifests"] = _check_manifests(config, model, run_sh, found)
+        facts["labels"] = _check_labels(config, model, manifests, found)
+        if found.blocking:
+            facts["estimates"] = {
+                "not_made": f"time, memory and checkpoint size: {'; '.join(dict.fromkeys(found.blocking))}"
+            }
+        else:
+            facts["estimates"], problems, advice = estimate_costs(config, recipe, path, overrides)
+            found.problems += problems
+            found.advice += advice
+    return {**facts, "problems": found.problems, "advice": found.advice}
+
+
+def check_manifest(path: str) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Facts of a manifest, its problems and the advice on it."""
+    try:
+        facts = _manifest_facts(read_utterances(path), _window_seconds("whisper"), None)
+    except ValueError as error:
+        return {"path": path}, [str(error)], []
+    if facts["longer_than_window"]:
+        return (
+            facts,
+            [],
+            [f"{facts['longer_than_window']} utterances are longer than Whisper's 30 s and will be skipped; cut them"],
+        )
+    return facts, [], []
+
+
+def read_config(config_class: type, path: Path, overrides: Sequence[str]) -> tuple[Any, list[str]]:
+    """The configuration, and all that is wrong with its keys and values.
+
+    A key at fault is taken out and the rest read again, so that one error does not hide the next.
+
+    Returns:
+        The configuration without the keys at fault, None where that is not possible, and a message for each.
+    """
+    problems: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        reduced = path
+        while True:
+            errors = io.StringIO()
+            try:
+                with contextlib.redirect_stderr(errors):
+                    config: Any = parse_config(config_class, ["--config", str(reduced), *overrides])[0]
+                return config, problems
+            except SystemExit:
+                message = errors.getvalue().strip().removeprefix("error: ").replace(str(reduced), str(path))
+            if message in problems:
+                return None, problems
+            key = re.search(r"unknown key '(.+?)'|[Kk]ey \"(.+?)\"", message)
+            name = None if key is None else key[1] or key[2]
+            if "support bf16" in message:  # of transformers, which names no key
+                name = "trainer.bf16"
+                message = f"trainer.bf16=true: {message} Check it where it will run, or set trainer.bf16=false"
+            problems.append(message)
+            without = None if name is None else _without(reduced, name)
+            if without is None:
+                return None, problems
+            reduced = Path(folder) / path.name
+            reduced.write_text(without, encoding="utf-8")
+
+
+def _without(path: Path, key: str) -> str | None:
+    """The YAML without one key; None if it is not in there."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    *sections, name = key.split(".")
+    inner = content
+    for section in sections:
+        inner = inner.get(section) if isinstance(inner, dict) else None
+    if not isinstance(inner, dict) or name not in inner:
+        return None
+    del inner[name]
+    return yaml.safe_dump(content)
+
+
+def _check_model(config: Any, found: _Findings) -> PreTrainedConfig | None:
+    """The configuration of the teacher, or of the student where there is no teacher."""
+    names = {
+        "teacher.name": getattr(getattr(config, "teacher", None), "name", None),
+        "student.init_from": getattr(getattr(config, "student", None), "init_from", None),
+    }
+    models: list[PreTrainedConfig] = []
+    for key, name in names.items():
+        if name is None:
+            continue
+        try:
+            resolved = resolve_model(name)
+            models.append(AutoConfig.from_pretrained(resolved))
+        except (ValueError, OSError, ImportError) as error:
+            reason = str(error)
+            if isinstance(error, OSError):  # transformers' own, of several lines
+                reason = (
+                    f"model {name!r} is neither complete on this disk nor reachable on the Hub; connect to a network, "
+                    "or give the folder of a model"
+                )
+            found.block(f"{key}: {reason}", f"{key}={name} is missing")
+            continue
+        if not Path(resolved).is_dir() and not any(
+            isinstance(try_to_load_from_cache(resolved, file), str) for file in WEIGHT_FILES
+        ):
+            found.blocking.append(f"the weights of {name} are not here yet; fetch them with `hf download {name}`")
+    return models[0] if models else None
+
+
+def _stage_command(recipe: Path, config: Path) -> str | None:
+    """The command of the recipe's first stage, which prepares the data."""
+    script = recipe.with_name("run.sh")
+    dataset = config.resolve().parent.name if config.name == "config.yaml" else config.stem
+    return f"bash {script} {dataset} --corpus-dir DIR --stop-stage 1" if script.is_file() else None
+
+
+def _window_seconds(model_type: str | None) -> float | None:
+    return WINDOW_SAMPLES / SAMPLE_RATE_HZ if model_type == "whisper" else None
+
+
+def _check_manifests(
+    config: Any, model: PreTrainedConfig | None, run_sh: str | None, found: _Findings
+) -> tuple[dict[str, Manifest], dict[str, Any]]:
+    data = getattr(config, "data", None)
+    window = _window_seconds(getattr(model, "model_type", None))
+    allowed = getattr(data, "max_skipped_fraction", 0.0)
+    manifests: dict[str, Manifest] = {}
+    facts: dict[str, Any] = {}
+    for split in SPLITS:
+        source = getattr(data, f"{split}_manifest", None)
+        if source is None:
+            continue
+        try:
+            manifests[split] = read_utterances(source)
+        except ValueError as error:
+            command = f" (`{run_sh}`)" if run_sh and not Path(source).exists() else ""
+            found.problems.append(f"data.{split}_manifest: {error}{command}")
+            if split != "test":
+                found.blocking.append(f"data.{split}_manifest cannot be read")
+            continue
+        limit = getattr(data, "max_batch_seconds", None) if split != "test" else None
+        facts[split] = _manifest_facts(manifests[split], window, limit)
+        if too_long := facts[split].get("longer_than_window"):
+            message = f"data.{split}_manifest: {too_long} utterances are longer than the model's {window:g} s"
+            if too_long > allowed * len(manifests[split]):
+                found.problems.append(f"{message}, above data.max_skipped_fraction={allowed}; cut them")
+            else:
+                found.advice.append(f"{message} and will be skipped; cut them")
+        if too_long := facts[split].get("longer_than_batch"):
+            found.block(
+                f"data.{split}_manifest: {too_long} utterances fill more than data.max_batch_seconds={limit:g} alone; "
+                "raise it",
+                "utterances are longer than a batch",
+            )
+    for split in ("dev", "test"):
+        if "train" in manifests and split in manifests:
+            _check_overlap(manifests["train"], manifests[split], split, found)
+    return manifests, facts
+
+
+def _manifest_facts(manifest: Manifest, window: float | None, max_batch_seconds: float | None) -> dict[str, Any]:
+    seconds = manifest.durations_seconds
+    facts = {
+        "path": str(manifest.path),
+        "num_utterances": len(manifest),
+        "hours": round(float(seconds.sum()) / 3600, 3),
+        "shortest_seconds": round(float(seconds.min()), 2),
+        "median_seconds": round(float(np.median(seconds)), 2),
+        "longest_seconds": round(float(seconds.max()), 2),
+    }
+    if window is not None:
+        facts["longer_than_window"] = int((seconds > window).sum())
+    if max_batch_seconds is not None:
+        padded = seconds if window is None else np.full(len(seconds), window)
+        facts["longer_than_batch"] = int((padded > max_batch_seconds).sum())
+    return facts
+
+
+def _check_overlap(train: Manifest, other: Manifest, split: str, found: _Findings) -> None:
+    ids = sorted(set(train.ids) & set(other.ids))
+    if ids:
+        found.problems.append(
+            f"{len(ids)} utterance ids are both in data.train_manifest and data.{split}_manifest, the first is "
+            f"{ids[0]!r}; scores on clips that were trained on mean nothing, split them anew"
+        )
+    speakers = sorted((set(train.rows["speaker"][:]) & set(other.rows["speaker"][:])) - {None})
+    if speakers:
+        found.advice.append(
+            f"{len(speakers)} speakers are both in data.train_manifest and data.{split}_manifest, among them "
+            f"{', '.join(speakers[:3])}; scores then say little about new speakers"
+        )
+
+
+def _check_labels(
+    config: Any, model: PreTrainedConfig | None, manifests: dict[str, Manifest], found: _Findings
+) -> dict[str, Any]:
+    """Label stores where the configuration has them, else the lengths of the manifests' texts."""
+    data: Any = getattr(config, "data", None)
+    limit = getattr(model, "max_target_positions", None)
+    if getattr(data, "labels_dir", None) is None:
+        return _check_texts(config, model, manifests, limit, found)
+    reads_test = getattr(getattr(config, "evaluation", None), "reference", None) == "teacher"
+    facts: dict[str, Any] = {}
+    for split in SPLITS:
+        if getattr(data, f"{split}_manifest", None) is None or (split == "test" and not reads_test):
+            continue
+        folder, command = Path(data.labels_dir) / split, _label_command(config, split)
+        try:
+            store = LabelStore(folder)
+            rows = list(store.rows())
+        except (LabelStoreError, json.JSONDecodeError, OSError) as error:
+            found.problems.append(f"data.labels_dir: {error}; make it with `{command}`")
+            if split != "test":
+                found.blocking.append(f"the labels in {folder} are missing")
+            continue
+        lengths = [len(row.get("token_ids", ())) for row in rows]
+        facts[split] = {"num_labels": len(rows), "longest_tokens": max(lengths, default=0)}
+        if limit is not None:
+            facts[split]["over_limit"] = _count_long(lengths, limit, f"labels in {folder}", 0.0, found)
+        needs_states = split != "test" and getattr(config.teacher, "cache_encoder_states", False)
+        if needs_states and "encoder_states" not in store.header.get("targets", ()):
+            found.block(
+                f"{folder} holds no encoder states, which teacher.cache_encoder_states=true reads; label into another "
+                f"folder with `{command}`, or set it to false",
+                f"{folder} holds no encoder states",
+            )
+        if split in manifests:
+            missing = len(set(manifests[split].ids) - {row["id"] for row in rows})
+            if missing == len(manifests[split]):
+                found.block(
+                    f"{folder} has a label of no utterance of data.{split}_manifest; make them with `{command}`",
+                    f"the labels in {folder} are missing",
+                )
+            elif missing:
+                found.advice.append(
+                    f"{missing} utterances of data.{split}_manifest have no label in {folder}; `{command}` adds them"
+                )
+    return facts
+
+
+def _check_texts(
+    config: Any, model: PreTrainedConfig | None, manifests: dict[str, Manifest], limit: int | None, found: _Findings
+) -> dict[str, Any]:
+    if getattr(model, "model_type", None) != "whisper" or limit is None:
+        return {}
+    tokenizer = load_processor(config.teacher.name if config.teacher else str(config.student.init_from)).tokenizer
+    tokens = WhisperTokens.from_tokenizer(tokenizer, language=config.decoding.language, task=config.decoding.task)
+    facts: dict[str, Any] = {}
+    for split in ("train", "dev"):
+        if split not in manifests:
+            continue
+        texts = [text for text in manifests[split].rows["text"][:] if text]
+        if len(texts) < len(manifests[split]):
+            found.block(
+                f"{len(manifests[split]) - len(texts)} utterances of data.{split}_manifest have no text; set "
+                "data.labels_dir to train on a teacher's labels",
+                "texts are missing",
+            )
+        encoded = (
+            tokenizer([f" {text.strip()}" for text in texts], add_special_tokens=False)["input_ids"] if texts else []
+        )
+        lengths = [len(tokens.prefix) + len(ids) + 1 for ids in encoded]
+        facts[split] = {"num_labels": len(texts), "longest_tokens": max(lengths, default=0)}
+        name = f"texts of data.{split}_manifest"
+        facts[split]["over_limit"] = _count_long(lengths, limit, name, config.data.max_skipped_fraction, found)
+    return facts
+
+
+def _count_long(lengths: list[int], limit: int, name: str, allowed_fraction: float, found: _Findings) -> int:
+    count = sum(length > limit for length in lengths)
+    if count > allowed_fraction * len(lengths):
+        found.block(
+            f"{count} {name} are longer than the model's {limit} tokens, the longest has {max(lengths)}; cut the clips "
+            "or take these out of the manifest",
+            "labels are too long",
+        )
+    elif count:
+        found.advice.append(f"{count} {name} are longer than the model's {limit} tokens and will be skipped")
+    return count
+
+
+def _label_command(config: Any, split: str) -> str:
+    """The `speechkd label` that makes a label store of this configuration."""
+    data, teacher = config.data, getattr(config, "teacher", None)
+    words = ["speechkd", "label", "--teacher", teacher.name if teacher else "TEACHER"]
+    words += ["--manifest", getattr(data, f"{split}_manifest"), "--output-dir", str(Path(data.labels_dir) / split)]
+    if split != "test" and getattr(teacher, "cache_encoder_states", False):
+        words += ["--targets", "text", "encoder_states"]
+    decoding = getattr(config, "decoding", None)
+    if decoding is not None:
+        words += ["--language", decoding.language or "none", "--whisper-task", decoding.task]
+        words += ["--max-new-tokens", str(decoding.max_new_tokens)]
+    return shlex.join(words)
