@@ -35,8 +35,8 @@ def begin(stamp: Path, inputs: dict[str, Any], *, force: bool, outputs: list[Pat
         ValueError: it was begun with other inputs, and `force` is not set; the message names them.
     """
     known = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else None
-    if known is not None and known["inputs"] != inputs:
-        before, now = _flat(known["inputs"]), _flat(inputs)
+    before, now = ({} if known is None else _set_values(known["inputs"])), _set_values(inputs)
+    if known is not None and before != now:
         changed = [
             f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
@@ -70,6 +70,11 @@ def _has_content(output: Path) -> bool:
     if not output.is_dir():
         return output.exists()
     return any(not entry.name.startswith((".stage-", ".lock")) for entry in output.iterdir())
+
+
+def _set_values(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What is not null, flat: a setting that a newer version added, and that is null, changes nothing."""
+    return {key: value for key, value in _flat(inputs).items() if value is not None}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -30,3 +30,10 @@ def test_a_stage_that_failed_before_it_wrote_anything_may_be_tried_with_other_in
     (tmp_path / "out/half").touch()
     with pytest.raises(ValueError, match="corpus_dir was 'right', now 'other'"):
         begin(stamp, {"corpus_dir": "other"}, force=False, outputs=[tmp_path / "out"])
+
+
+def test_a_setting_that_a_newer_version_added_and_that_is_null_changes_nothing(tmp_path):
+    stamp = tmp_path / ".stage.json"
+    begin(stamp, {"teacher.name": "t"}, force=False, outputs=[])
+    end(stamp)
+    assert not begin(stamp, {"teacher.name": "t", "teacher.dtype": None}, force=False, outputs=[])
