@@ -6,14 +6,14 @@ BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo lint test test-e2e test-gpu clean
+.PHONY: install demo lint test test-reliability test-e2e test-gpu clean
 
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	pip install $(TORCH_PIP_ARGS) torch torchaudio
-	pip install -e ".[bundled,export,tracking,dev]"
+	pip install -e ".[bundled,export,dev]"
 	touch $@
 
 demo: install
@@ -25,7 +25,10 @@ lint: install
 	mypy
 
 test: install
-	pytest -m "not e2e and not gpu"
+	pytest -m "not e2e and not gpu and not reliability"
+
+test-reliability: install
+	pytest -m reliability tests/reliability
 
 test-e2e: install
 	pytest -m e2e
