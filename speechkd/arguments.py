@@ -1,6 +1,6 @@
 """Arguments of the training loop: those of transformers' Trainer, with other defaults and a few more."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
@@ -21,7 +21,7 @@ class DistillationArguments(TrainingArguments):
         early_stopping_patience: stop after this many evaluations without a better metric; null never does.
     """
 
-    output_dir: str
+    output_dir: str = field()  # without this, the null of the class above is its default
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False

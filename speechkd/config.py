@@ -186,7 +186,7 @@ def _check_scalar(node: yaml.ScalarNode, place: str) -> None:
 
 
 def _check_section(section_class: type, values: Namespace, section: str = "") -> None:
-    """Refuse what jsonargparse lets through: null for "not given" and a bare value for a section.
+    """Refuse what jsonargparse lets through: null for "not given", NaN, infinity and a bare value for a section.
 
     Raises:
         ValueError: names the full path of the key.
@@ -197,6 +197,9 @@ def _check_section(section_class: type, values: Namespace, section: str = "") ->
         kinds = get_args(hint) or (hint,)
         if value is None and setting.name in values and type(None) not in kinds and setting.default is not None:
             raise ValueError(f"{key} is null; give it a value or leave it out for the default")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{key} is {number}; it must be a finite number")
         if dataclasses.is_dataclass(hint) and value is not None and not isinstance(value, Namespace):
             raise ValueError(
                 f"{key} is {value!r:.100}; it must be a section with the keys {', '.join(get_type_hints(hint))}"

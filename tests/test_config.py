@@ -45,6 +45,21 @@ def test_wrong_keys_types_and_combinations_are_named(yaml, message, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--trainer.learning_rate=.nan", "trainer.learning_rate is nan; it must be a finite number"),
+        ("--loss.kl=.inf", "loss.kl is inf; it must be a finite number"),
+        ("--trainer.max_steps=[[[[", "trainer.max_steps"),
+        ("--trainer.eval_strategy=steps", "trainer.eval_strategy=steps needs data.dev_manifest"),
+    ],
+)
+def test_values_that_no_run_can_have_are_named_on_the_command_line_too(option, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(DistilWhisperConfig, ["--config", FSDD, "--trainer.use_cpu=true", option])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     save_config("a: 1\nb: 2\n", tmp_path)
     save_config("a: 1\nb: 2\n", tmp_path)

@@ -129,7 +129,7 @@ class DistilWhisperConfig:
             )
         self.trainer.dataloader_num_workers = self.data.num_workers
         if self.trainer.eval_strategy != "no" and self.data.dev_manifest is None:
-            raise ValueError(f"trainer.eval_strategy={self.trainer.eval_strategy} needs data.dev_manifest")
+            raise ValueError(f"trainer.eval_strategy={self.trainer.eval_strategy.value} needs data.dev_manifest")
 
 
 def loss_terms(
