@@ -13,13 +13,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from speechkd.files import atomic_write
+from speechkd.files import atomic_write, full_disk_errno
 
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"
 _DELETING = ".deleting-"
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # torch's zip writer keeps no errno, this is all it says when a write fails (2.14; the second one in older versions)
 _TORCH_WRITE_FAILURES = ("unexpected pos", "PytorchStreamWriter failed writing", "iostream error")
 
@@ -166,7 +165,7 @@ def explain_full_disk(error: BaseException, folder: str | Path, needed_bytes: in
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
-        number = _full_disk_errno(link)
+        number = full_disk_errno(link)
         if number is None and _is_torch_write_failure(link) and _free_bytes(folder) < needed_bytes:
             number = errno.ENOSPC
         if number is not None:
@@ -331,14 +330,6 @@ def _full_disk_error(number: int, folder: str | Path, needed_bytes: int) -> OSEr
         f"{_free_bytes(folder) / 1e6:,.1f} MB are free in {folder}; free some space or lower trainer.save_total_limit. "
         "The checkpoints before are kept, the same command resumes from the last of them",
     )
-
-
-def _full_disk_errno(error: BaseException) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno if error.errno in _FULL_DISK else None
-    # safetensors writes "(os error 28)" after the text of the system, torch's old format the text alone
-    text = str(error)
-    return next((n for n in _FULL_DISK if f"(os error {n})" in text or os.strerror(n) in text), None)
 
 
 def _is_torch_write_failure(error: BaseException) -> bool:

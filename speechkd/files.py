@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -27,17 +29,40 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, f"{os.strerror(error.errno)}; {_FULL_DISK}", str(path)) from error
-        raise
+        with full_disk_explained(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-_FULL_DISK = "free some space and run the same command again, what was finished before is kept"
+@contextmanager
+def full_disk_explained(path: str | Path) -> Iterator[None]:
+    """Say what to do when the disk is full.
+
+    Args:
+        path: what is written.
+
+    Raises:
+        OSError: in place of any error that came from a full disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = full_disk_errno(error)
+        if number is None:
+            raise
+        way_out = "free some space and run the same command again, what was finished before is kept"
+        raise OSError(number, f"{os.strerror(number)}; {way_out}", str(path)) from error
+
+
+def full_disk_errno(error: BaseException) -> int | None:
+    """The system's number of an error that a full disk caused; None for others."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in FULL_DISK_ERRNOS else None
+    # safetensors writes "(os error 28)" after the text of the system, torch's old format the text alone
+    text = str(error)
+    return next((n for n in FULL_DISK_ERRNOS if f"(os error {n})" in text or os.strerror(n) in text), None)
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
@@ -61,6 +86,19 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+_locks: set[IO[str]] = set()
+
+
+def _close_locks() -> None:
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+# a worker that outlives its killed parent by some seconds would hold the inherited lock against the next run
+os.register_at_fork(after_in_child=_close_locks)
+
+
 @contextmanager
 def folder_lock(folder: str | Path) -> Iterator[None]:
     """Hold a folder against other processes of this machine; the lock goes with the process.
@@ -77,4 +115,8 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
             raise ValueError(
                 f"another process is writing to {folder}; wait for it, stop it, or choose another output folder"
             ) from error
-        yield
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)

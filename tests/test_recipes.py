@@ -117,3 +117,15 @@ def test_labels_of_another_teacher_are_refused(tiny_teacher, tone_manifest, labe
     header.write_text(header.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
     with pytest.raises(LabelStoreError, match="come from teacher .* but this run has"):
         train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels))
+
+
+def test_training_on_labels_that_are_not_finished_is_refused(tiny_teacher, tone_manifest, labels):
+    more = [
+        {"id": f"more-{n}", "audio": "audio/0.wav", "duration_seconds": 1.0, "sample_rate_hz": 16_000} for n in range(2)
+    ]
+    with tone_manifest.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in more)
+    with pytest.raises(ValueError, match="2 of 8 utterances have no label in .*max_skipped_fraction=0.01; finish"):
+        train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels))
+    more = ("--data.max_skipped_fraction=0.3", f"--trainer.output_dir={tone_manifest.parent / 'allowed'}")
+    train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels, *more))

@@ -241,7 +241,13 @@ def build_set(
     if identity is not None:
         check_teacher(store, identity)
     cached = config.teacher is not None and config.teacher.cache_encoder_states
-    return pseudo_labelled_set(manifest, store, config.filters, cached_encoder_states=cached)
+    return pseudo_labelled_set(
+        manifest,
+        store,
+        config.filters,
+        cached_encoder_states=cached,
+        max_skipped_fraction=config.data.max_skipped_fraction,
+    )
 
 
 def describe_run(

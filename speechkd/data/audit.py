@@ -13,7 +13,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from speechkd.data.audio import AudioError, load_utterance
-from speechkd.data.loader import check_length, explain_dead_workers, report_skipped, skipped_row
+from speechkd.data.loader import (
+    check_length,
+    explain_dead_workers,
+    ignore_sigterm_of_others,
+    report_skipped,
+    skipped_row,
+)
 from speechkd.data.manifest import Manifest
 from speechkd.files import write_json
 
@@ -98,6 +104,7 @@ def _checked(manifest: Manifest, first: int, max_seconds: float, num_workers: in
         batch_size=CLIPS_PER_TASK,
         num_workers=num_workers,
         collate_fn=list,
+        worker_init_fn=ignore_sigterm_of_others,
         generator=torch.Generator(),  # without one, this pass draws from the global random state
     )
     with (

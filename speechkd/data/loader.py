@@ -1,10 +1,12 @@
 """From clips to padded batches: labelling sets bad clips aside, training gets seeded workers and a copy ahead."""
 
 import logging
+import os
 import pickle
 import random
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +22,9 @@ from torch._utils import ExceptionWrapper
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from speechkd.data.audio import AudioError, load_utterance
+from speechkd.data.audio import AudioError
 from speechkd.data.manifest import Manifest
+from speechkd.data.packing import load_pack
 from speechkd.files import write_jsonl
 
 logger = logging.getLogger(__name__)
@@ -59,7 +62,7 @@ class _Clips(Dataset):
         utterance = self.manifest[self.indices[position]]
         try:
             check_length(utterance, self.max_seconds)
-            waveform = load_utterance(utterance, self.sample_rate_hz)
+            waveform = load_pack(utterance, self.sample_rate_hz)
         except AudioError as error:
             return utterance, str(error)
         return utterance, waveform[: round(self.max_seconds * self.sample_rate_hz)]
@@ -105,6 +108,7 @@ def clip_batches(
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=on_cuda,
+        worker_init_fn=ignore_sigterm_of_others,
         generator=torch.Generator(),  # without one, each pass draws from the global random state
     )
     with explain_dead_workers():
@@ -152,6 +156,8 @@ def report_skipped(
         return
     write_jsonl(path, skipped)
     fraction = len(skipped) / num_utterances
+    for row in skipped[1:]:  # the message below names the first
+        logger.warning("skipped: %s", row["reason"])
     summary = f"{len(skipped)} of {num_utterances} clips ({100 * fraction:.1f} %) were skipped and are named in {path}"
     if fraction > max_skipped_fraction:
         raise AudioError(
@@ -296,15 +302,30 @@ def _same(batch: Any) -> Any:
     return batch
 
 
+def ignore_sigterm_of_others(worker_id: int) -> None:
+    """Let SIGTERM end this worker only if its parent sent it; a `worker_init_fn` of all our loaders.
+
+    Schedulers send the signal to all processes of a job. The worker has to live until the parent has finished its
+    step and saved it; then the parent ends it.
+    """
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _seed_worker(worker_id: int, *, seed: int, rank: int, sampler: Sampler) -> None:
+    ignore_sigterm_of_others(worker_id)
     epoch = getattr(sampler, "epoch", 0)  # endless streams have none
     words = np.random.SeedSequence([seed, rank, epoch, worker_id]).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])
     torch.manual_seed(int(words[2]))
     torch.set_num_threads(1)  # workers share the processors already
-    # schedulers send it to the whole process group, and the step that is saved then still needs its batches
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

@@ -80,7 +80,12 @@ def collate_whisper(items: Sequence[dict[str, Any]], tokens: WhisperTokens) -> d
 
 
 def pseudo_labelled_set(
-    manifest: Manifest, store: LabelStore, filters: FilterConfig, *, cached_encoder_states: bool
+    manifest: Manifest,
+    store: LabelStore,
+    filters: FilterConfig,
+    *,
+    cached_encoder_states: bool,
+    max_skipped_fraction: float,
 ) -> tuple[WhisperTrainSet, dict[str, Any]]:
     """Utterances whose pseudo-label passes the filters.
 
@@ -89,20 +94,26 @@ def pseudo_labelled_set(
         store: the teacher's labels of them.
         filters: which labels are good enough.
         cached_encoder_states: take the encoder's output from the store instead of the audio.
+        max_skipped_fraction: share of the utterances that may be without a label, 0 to 1.
 
     Returns:
         The set, and the filters' report as JSON-serialisable counts.
 
     Raises:
-        ValueError: the store lacks all of the manifest's utterances, or no label passes.
+        ValueError: the store lacks too many of the manifest's utterances, or no label passes.
     """
     positions = {key: index for index, key in enumerate(manifest.ids)}
     references = manifest.rows["text"][:]
     rows = [{**row, "reference": references[positions[row["id"]]]} for row in store.rows() if row["id"] in positions]
-    if len(rows) < len(positions):
-        logger.warning(
-            "%d of %d utterances have no label in %s", len(positions) - len(rows), len(positions), store.folder
-        )
+    if rows and len(rows) < len(positions):
+        missing = len(positions) - len(rows)
+        summary = f"{missing} of {len(positions)} utterances have no label in {store.folder}"
+        if missing > max_skipped_fraction * len(positions):
+            raise ValueError(
+                f"{summary}, more than data.max_skipped_fraction={max_skipped_fraction}; finish `speechkd label` on "
+                "this manifest, look at skipped.jsonl there, or raise the limit"
+            )
+        logger.warning("%s", summary)
     if not rows:
         raise ValueError(
             f"label store {store.folder} holds no utterance of {manifest.path}; run `speechkd label` on this manifest"

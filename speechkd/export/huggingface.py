@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
-from speechkd.files import atomic_write
+from speechkd.files import atomic_write, full_disk_explained
 
 
 def save_student(student: PreTrainedModel, processor: ProcessorMixin, output_dir: str | Path, card: str) -> None:
@@ -24,9 +24,10 @@ def save_student(student: PreTrainedModel, processor: ProcessorMixin, output_dir
     output_dir = Path(output_dir)
     temporary = output_dir.with_name(f".{output_dir.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    student.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
+    with full_disk_explained(output_dir):
+        student.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(temporary, output_dir)
 

@@ -96,7 +96,7 @@ class LabelStore:
 
 
 def create_store(folder: str | Path, header: dict[str, Any]) -> LabelStore:
-    """Open a store for writing, or carry on with one that was begun with the same header.
+    """Open a store for writing, or carry on with one that was begun with the same header. The caller holds its lock.
 
     Args:
         folder: created where it is missing.
@@ -106,6 +106,8 @@ def create_store(folder: str | Path, header: dict[str, Any]) -> LabelStore:
         LabelStoreError: the folder holds labels of another teacher, or made with other settings.
     """
     folder = Path(folder)
+    for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
     path = folder / "header.json"
     header = {"format_version": FORMAT_VERSION, **header}
     if path.is_file():
