@@ -1,7 +1,9 @@
 """Arguments of the training loop: those of transformers' Trainer, with other defaults and a few more."""
 
+import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -39,6 +41,9 @@ class DistillationArguments(TrainingArguments):
             self.block_compiler = {"backend": self.torch_compile_backend or "inductor", "mode": self.torch_compile_mode}
             # accelerate would compile the whole forward pass, in which we compute the loss
             self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available():
+            # not told so, accelerate would take the processes of a machine without a GPU for separate runs
+            self.use_cpu, self.ddp_backend = True, self.ddp_backend or "gloo"
         super().__post_init__()
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"trainer.ema_decay must be between 0 and 1, got {self.ema_decay}; null keeps no average")

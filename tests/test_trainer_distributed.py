@@ -115,7 +115,7 @@ def main() -> None:
     if arguments.save_steps:
         settings |= {"save_strategy": "steps", "save_steps": arguments.save_steps}
     if world_size > 1:
-        settings["ddp_backend"] = "gloo"
+        settings["use_cpu"] = False  # found out by itself where there is no GPU
     if arguments.fsdp:
         test_trainer.DistillationArguments = arguments_that_shard
     trainer = test_trainer.make_trainer(
