@@ -1,16 +1,26 @@
 import json
+import math
 import zlib
+from dataclasses import dataclass, field
+from typing import get_args
 
+import numpy as np
 import pytest
 
+from speechkd.config import parse_config
 from speechkd.labels.filters import (
     FilterConfig,
+    ScoreFilter,
+    ScoreName,
     all_caps,
     apply_filters,
     compression_ratio,
+    drop_reasons,
+    label_scores,
     label_wer,
     repeated_ngrams,
 )
+from speechkd.labels.scores import write_scores
 
 TEN_WORDS = "one day we will all go home to sleep well"
 OFF = {
@@ -244,7 +254,7 @@ def test_no_labels_are_refused():
         ({"max_compression_ratio": 0.0}, "max_compression_ratio must be above 0"),
         ({"max_repeated_5grams": -1}, "max_repeated_5grams must be 0 or more"),
         ({"wer_rule": "=<"}, "wer_rule must be '<' or '<='"),
-        ({"wer_normalizer": "arabic"}, "wer_normalizer must be english, basic or none"),
+        ({"wer_normalizer": "hindi"}, "wer_normalizer must be one of english, basic, none, keep_marks"),
     ],
 )
 def test_impossible_thresholds_are_refused(config, message):
@@ -263,3 +273,251 @@ def test_a_label_that_the_length_limit_cut_off_is_dropped():
     rows = [{**row, "id": "ended", "finished": True}, {**row, "id": "cut", "finished": False}]
     assert [kept["id"] for kept in apply_filters(rows, FilterConfig())[0]] == ["ended"]
     assert len(apply_filters(rows, FilterConfig(drop_unfinished=False))[0]) == 2
+
+
+def scored(**columns):
+    """Rows with texts of their own and the given fields; ids are "0", "1", ..."""
+    count = len(next(iter(columns.values())))
+    return [
+        label(f"text {index}", key=str(index)) | {name: values[index] for name, values in columns.items()}
+        for index in range(count)
+    ]
+
+
+def kept_ids(rows, *scores, **config):
+    kept, report = apply_filters(rows, FilterConfig(**{**OFF, **config}, scores=[ScoreFilter(**one) for one in scores]))
+    assert sum(report.dropped.values()) == len(rows) - len(kept)
+    return "".join(row["id"] for row in kept)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "confidence"), [((0.9, 0.8, 0.5), 0.711379), ((1.0, 1.0), 1.0), ((0.25, 1.0), 0.5)]
+)
+def test_confidence_is_the_geometric_mean_of_token_probabilities(probabilities, confidence):
+    mean_logprob = float(np.mean(np.log(probabilities)))
+    assert probabilities != (0.9, 0.8, 0.5) or mean_logprob == pytest.approx(-0.340550, abs=1e-6)
+    values = label_scores([label("text", mean_logprob=mean_logprob)], "confidence")
+    assert values[0] == pytest.approx(confidence, abs=1e-6)
+
+
+def test_wer_score_at_the_threshold_is_kept_by_the_paper_and_dropped_by_the_code():
+    rows = [GOOD, label(TEN_WORDS.replace("sleep", "sheep"), TEN_WORDS, key="ten percent")]
+    wer = {"name": "wer", "threshold": 10.0}
+    assert kept_ids(rows, wer) == "goodten percent"
+    assert kept_ids(rows, {**wer, "at_threshold": "drop"}) == "good"
+
+
+def test_a_good_score_at_the_threshold_is_kept_or_dropped_too():
+    rows = scored(speech_text_cosine=[0.5, 0.4, 0.6])
+    assert kept_ids(rows, {"name": "speech_text_cosine", "threshold": 0.5}) == "02"
+    assert kept_ids(rows, {"name": "speech_text_cosine", "threshold": 0.5, "at_threshold": "drop"}) == "2"
+
+
+@pytest.mark.parametrize("name", get_args(ScoreName))
+def test_every_score_prefers_the_good_label(name):
+    good = label("all is well", "all is well", mean_logprob=-0.1, seconds=2.0, key="good") | {
+        "proxy_wer": 0.0,
+        "speech_text_cosine": 0.9,
+        "mean_entropy": 0.1,
+        "lm_nll": 2.0,
+    }
+    looping = "thank you for watching " * 12
+    bad = label(looping, "all is well", mean_logprob=-2.0, seconds=2.0, key="bad") | {
+        "proxy_wer": 700.0,
+        "speech_text_cosine": -0.1,
+        "mean_entropy": 0.6,
+        "lm_nll": 7.0,
+    }
+    rows = [bad, good, good | {"id": "good too"}]
+    values = label_scores(rows, name)
+    assert np.isfinite(values).all() and values[0] != values[1]
+    assert kept_ids(rows, {"name": name, "keep_fraction": 0.34}) == "good"
+    assert kept_ids(rows, {"name": name, "threshold": float(values[1])}) == "goodgood too"
+    assert kept_ids(rows, {"name": name, "threshold": float(values[0])}) == "badgoodgood too"
+
+
+def test_rates_are_words_and_characters_per_second_of_audio():
+    row = label("Hello, wide world!", seconds=2.0)
+    assert label_scores([row], "words_per_second") == 1.5
+    assert label_scores([row], "characters_per_second") == 7.0
+    assert label_scores([label("你好 吗", seconds=2.0)], "words_per_second") == 1.5
+
+
+def test_keep_fraction_keeps_the_best_share_and_breaks_ties_by_id():
+    rows = scored(lm_nll=[3.0, 1.0, 2.0, 2.0, 5.0, 4.0, 9.0, 8.0, 7.0, 6.0])
+    for fraction, expected in [(0.1, "1"), (0.2, "12"), (0.3, "123"), (0.7, "0123459"), (1.0, "0123456789")]:
+        assert kept_ids(rows, {"name": "lm_nll", "keep_fraction": fraction}) == expected
+    shuffled = [rows[index] for index in (3, 9, 2, 1, 0, 8, 7, 6, 5, 4)]
+    assert kept_ids(shuffled, {"name": "lm_nll", "keep_fraction": 0.2}) == "21"
+    assert kept_ids(rows, {"name": "lm_nll", "keep_fraction": 0.001}) == "1"
+
+
+@pytest.mark.parametrize("name", ["proxy_wer", "speech_text_cosine"])
+def test_looser_score_filters_keep_supersets(name):
+    values = np.random.default_rng(0).uniform(0, 1, size=40).round(1)  # with ties
+    rows = scored(**{name: values.tolist()})
+    for field_name, steps in [
+        ("threshold", np.arange(0.1, 1.0, 0.1)[:: -1 if name == "speech_text_cosine" else 1]),
+        ("keep_fraction", np.arange(0.05, 1.01, 0.05)),
+    ]:
+        previous = set()
+        for step in steps:
+            kept, _ = apply_filters(
+                rows, FilterConfig(**OFF, scores=[ScoreFilter(name=name, **{field_name: min(1.0, float(step))})])
+            )
+            ids = {row["id"] for row in kept}
+            assert previous <= ids
+            previous = ids
+        assert len(previous) > 30
+
+
+def test_scores_combine_by_and_or_beside_the_other_filters():
+    rows = scored(proxy_wer=[0, 0, 90, 90, 0], speech_text_cosine=[0.9, 0.1, 0.9, 0.1, 0.9])
+    rows[4]["mean_logprob"] = -3.0
+    scores = [{"name": "proxy_wer", "threshold": 80.0}, {"name": "speech_text_cosine", "threshold": 0.5}]
+    assert kept_ids(rows, *scores, min_mean_logprob=-1.0) == "0"
+    assert kept_ids(rows, *scores, min_mean_logprob=-1.0, combine_scores="or") == "012"
+
+
+def test_every_dropped_label_is_counted_by_its_first_reason():
+    rows = [
+        GOOD | {"lm_nll": 1.0, "proxy_wer": 0.0},
+        label(None, "a", key="null") | {"lm_nll": 1.0, "proxy_wer": 0.0},
+        label("HELLO", "hello", key="caps") | {"lm_nll": 9.0, "proxy_wer": 0.0},
+        label("b", "a", key="wrong") | {"lm_nll": 1.0, "proxy_wer": 0.0},
+        label("a", "a", key="unlikely") | {"lm_nll": 9.0, "proxy_wer": 0.0},
+        label("a", "a", key="disputed") | {"lm_nll": 9.0, "proxy_wer": 90.0},
+    ]
+    scores = [ScoreFilter(name="lm_nll", threshold=5.0), ScoreFilter(name="proxy_wer", threshold=80.0)]
+    config = FilterConfig(max_wer=10.0, max_repeated_5grams=None, scores=scores)
+    kept, report = apply_filters(rows, config)
+    assert kept == rows[:1]
+    assert report.dropped == {"no_text": 1, "drop_all_caps": 1, "max_wer": 1, "lm_nll": 2}
+    assert drop_reasons(rows, config) == [None, "no_text", "drop_all_caps", "max_wer", "lm_nll", "lm_nll"]
+    assert report.filters["lm_nll"].kept_utterances == 2 and report.filters["proxy_wer"].kept_utterances == 4
+    assert report.lines()[-1].endswith("; dropped by no_text: 1, drop_all_caps: 1, max_wer: 1, lm_nll: 2")
+    either = FilterConfig(max_wer=10.0, max_repeated_5grams=None, scores=scores, combine_scores="or")
+    assert drop_reasons(rows, either)[4:] == [None, "lm_nll or proxy_wer"]
+
+
+def test_labels_without_reference_stay_unless_another_score_of_an_or_judges_them():
+    rows = [
+        label("a", "a", key="0") | {"proxy_wer": 90.0},
+        label("b", "a", key="1") | {"proxy_wer": 90.0},
+        label("c", key="2") | {"proxy_wer": 90.0},
+        label("d", key="3") | {"proxy_wer": 0.0},
+    ]
+    wer, proxy = {"name": "wer", "threshold": 10.0}, {"name": "proxy_wer", "threshold": 80.0}
+    assert kept_ids(rows, wer) == "023"
+    assert kept_ids(rows, {"name": "wer", "keep_fraction": 0.5}) == "023"
+    assert kept_ids(rows, wer, proxy, combine_scores="or") == "03"
+    assert kept_ids(rows, wer, {"name": "cer", "threshold": 10.0}, combine_scores="or") == "023"
+    _, report = apply_filters(rows, FilterConfig(**OFF, scores=[ScoreFilter(**wer)]))
+    assert "wer left 2 labels unjudged: they have no reference text" in report.lines()
+
+
+@pytest.mark.parametrize("cut", [{"threshold": 1e9}, {"keep_fraction": 1.0}])
+def test_labels_without_a_value_never_pass(cut):
+    rows = scored(lm_nll=[1.0, None, math.nan, math.inf])
+    assert kept_ids(rows, {"name": "lm_nll", **cut}) == "0"
+    rows = [label("a", "a", key="0"), label("a", "", key="1"), label("a", "[noise]", key="2")]
+    assert kept_ids(rows, {"name": "wer", **cut}) == kept_ids(rows, {"name": "cer", **cut}) == "0"
+
+
+def test_cer_and_marks_keep_hindi_labels_that_word_errors_would_drop():
+    row = label("मैं हिन्दी बोलता हूँ", "मैं हिन्दी बोलती हूँ", key="0")  # one vowel sign of four words
+    assert label_scores([row], "wer", "keep_marks") == 25.0
+    assert kept_ids([row], {"name": "cer", "threshold": 10.0}, wer_normalizer="keep_marks") == "0"
+    assert not is_kept(row, **OFF, max_wer=10.0, wer_normalizer="keep_marks")
+    assert is_kept(label("मैं हिन्दी।", "मैं हिन्दी"), **OFF, max_wer=10.0, wer_normalizer="keep_marks")
+
+
+def test_noisy_arabic_keeps_all_but_disasters_at_eighty_percent():
+    reference = "ذهب الولد إلى المدرسة صباحا"
+    rows = [
+        label("ذَهَبَ الولدُ الى المدرسةِ صباحًا", reference, key="0"),  # vowel signs only: 0 %
+        label("راح الولد المدرسة الصبح", reference, key="1"),  # dialect: 60 %
+        label("شكرا للمشاهدة اشتركوا في القناة", reference, key="2"),  # invention: 100 %
+    ]
+    np.testing.assert_allclose(label_scores(rows, "wer", "arabic"), [0.0, 60.0, 100.0])
+    assert kept_ids(rows, max_wer=80.0, wer_normalizer="arabic") == "01"
+    assert kept_ids(rows, max_wer=10.0, wer_normalizer="arabic") == "0"
+
+
+def test_scores_of_a_file_are_joined_by_id_and_leave_the_rows_as_they_are(tmp_path):
+    rows = scored(mean_logprob=[-0.1, -0.1, -0.1])
+    path = tmp_path / "scores.jsonl"
+    write_scores(path, ["2", "1", "0", "another"], {"proxy_wer": [0.0, 90.0, math.inf, 0.0]})
+    config = FilterConfig(**OFF, scores=[ScoreFilter(name="proxy_wer", threshold=80.0)], scores_file=str(path))
+    kept, report = apply_filters(rows, config)
+    assert kept == rows[2:]
+    assert report.dropped == {"proxy_wer": 2}
+    with pytest.raises(ValueError, match="scores_file .* lacks 1 of 4 labels, the first is 'good'"):
+        apply_filters([GOOD, *rows], config)
+
+
+def test_a_missing_score_is_named_with_what_computes_it():
+    rows = scored(lm_nll=[1.0, 2.0])
+    del rows[1]["lm_nll"]
+    with pytest.raises(
+        ValueError, match="1 of 2 labels have no number as lm_nll, the first is '1'; .*language_model_n"
+    ):
+        kept_ids(rows, {"name": "lm_nll", "threshold": 3.0})
+    with pytest.raises(ValueError, match="no number as lm_nll, the first is '0'"):
+        label_scores(scored(lm_nll=["high"]), "lm_nll")
+
+
+def test_error_rate_scores_without_any_reference_are_refused():
+    with pytest.raises(ValueError, match="score cer needs reference texts and none of the 1 labels has one"):
+        kept_ids([label("a")], {"name": "cer", "threshold": 3.0})
+
+
+@dataclass(kw_only=True)
+class OnlyFilters:
+    """A configuration with filters.
+
+    Args:
+        filters: of the labels.
+    """
+
+    filters: FilterConfig = field(default_factory=FilterConfig)
+
+
+def test_scores_are_read_from_yaml_and_written_back(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "filters:\n  max_wer: null\n  wer_normalizer: keep_marks\n  combine_scores: or\n  scores:\n"
+        "  - {name: proxy_wer, threshold: 80.0, at_threshold: drop}\n  - {name: confidence, keep_fraction: 0.8}\n"
+    )
+    config, resolved = parse_config(OnlyFilters, ["--config", str(path)])
+    assert config.filters.scores == [
+        ScoreFilter(name="proxy_wer", threshold=80.0, at_threshold="drop"),
+        ScoreFilter(name="confidence", keep_fraction=0.8),
+    ]
+    path.write_text(resolved)
+    assert parse_config(OnlyFilters, ["--config", str(path)])[0] == config
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ({"name": "pesq", "threshold": 1.0}, "unknown score 'pesq'; choose one of wer, cer"),
+        ({"name": "wer"}, "score wer has threshold=None and keep_fraction=None; set exactly one"),
+        ({"name": "wer", "threshold": 1.0, "keep_fraction": 0.5}, "threshold=1.0 and keep_fraction=0.5; set exactly"),
+        ({"name": "wer", "threshold": float("nan")}, "threshold of score wer must be a finite number, got nan"),
+        ({"name": "wer", "keep_fraction": 0.0}, "keep_fraction of score wer must be above 0 and at most 1, got 0.0"),
+        ({"name": "wer", "keep_fraction": 80.0}, "must be above 0 and at most 1, got 80.0"),
+        ({"name": "wer", "threshold": 1.0, "at_threshold": "<"}, "at_threshold must be keep or drop, got '<'"),
+    ],
+)
+def test_impossible_score_filters_are_refused(score, message):
+    with pytest.raises(ValueError, match=message):
+        ScoreFilter(**score)
+
+
+def test_a_score_named_twice_or_an_unknown_combination_is_refused():
+    twice = [ScoreFilter(name="wer", threshold=10.0), ScoreFilter(name="wer", keep_fraction=0.5)]
+    with pytest.raises(ValueError, match="scores names wer, wer: a score may stand there once"):
+        FilterConfig(scores=twice)
+    with pytest.raises(ValueError, match="combine_scores must be and or or, got 'xor'"):
+        FilterConfig(combine_scores="xor")
