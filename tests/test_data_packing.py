@@ -24,6 +24,7 @@ from speechkd.data.packing import (
     split_label,
     timestamp_token,
 )
+from speechkd.data.whisper import WhisperTrainSet, collate_whisper
 from speechkd.files import read_jsonl
 from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStoreError
@@ -350,11 +351,11 @@ def test_segments_are_read_with_and_without_bounds():
     [
         (label(0.0, 400, 2.1, 2.1, 401, 5.0), [[400], [401], []]),  # a teacher misses the border by 0.1 s
         (label(0.0, 400, 1.0, 1.0, 401, 2.0, 5.0, 402, 7.0), [[400, 401], [], [402]]),
-        (label(0.0, 400, 3.0, 5.0, 401, 7.0), [None, None, [401]]),  # one segment over two parts
+        (label(0.0, 400, 4.0, 5.0, 401, 7.0), [None, None, [401]]),  # one segment over two parts
         (label(0.0, 400, 1.9, 2.0, 401), [[400], None, None]),  # cut off
         (label(0.0, 400, 1.9, 401, 4.9, 5.0, 402, 7.0), [None, None, [402]]),  # text between pairs
         (label(5.0, 400, 7.4), [[], [], [400]]),  # a timestamp in the padding
-        (label(4.0, 400, 1.0), [None, None, []]),  # backwards
+        (label(4.0, 400, 1.0), [[], None, []]),  # backwards
         ([*TOKENS.prefix, 400, 50257], [None, None, None]),
         ([*TOKENS.prefix, 50257], [[], [], []]),
     ],
@@ -362,6 +363,12 @@ def test_segments_are_read_with_and_without_bounds():
 def test_a_label_is_split_only_as_far_as_its_timestamps_tell(token_ids, texts):
     (pack,) = pack_utterances(utterances(2.0, 3.0, 2.0))
     assert split_label(pack, token_ids, TOKENS) == texts
+
+
+def test_a_teachers_segments_may_begin_in_the_silence_of_the_clip_before():
+    (pack,) = pack_utterances(utterances(8.4, 9.4, 12.1))
+    token_ids = label(0.0, 400, 5.5, 5.5, 401, 14.0, 14.0, 402, 22.0)  # whisper-base on three recorded orders
+    assert split_label(pack, token_ids, TOKENS) == [[400], [401], [402]]
 
 
 def test_a_pack_of_one_utterance_needs_no_timestamps():
@@ -402,3 +409,14 @@ def test_a_decoder_told_to_gives_timestamps_by_whispers_rules_and_their_logprobs
         assert alone[0].token_ids == result.token_ids
         assert alone[0].mean_logprob == pytest.approx(result.mean_logprob, abs=1e-4)
         assert result.mean_logprob < 0
+
+
+def test_packs_train_a_student_like_single_utterances(corpus):
+    packed = pack_manifest(corpus)
+    train_set = WhisperTrainSet(packed, [pack_label(pack, [[400]] * len(pack["parts"]), TOKENS) for pack in packed])
+    batch = collate_whisper([train_set[index] for index in range(len(packed))], TOKENS)
+    assert batch["ids"] == packed.ids
+    assert batch["audio_seconds"] == pytest.approx(sum(corpus.durations_seconds), abs=1e-3)
+    assert torch.equal(batch["waveforms"][-1, :320_000], load_pack(packed[12], 16_000, torch.int16))
+    # three more segments than the packs of one clip: a token and two timestamps each
+    assert (batch["labels"] >= 0).sum(dim=1).tolist() == [6] * 12 + [15]

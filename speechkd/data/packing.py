@@ -22,7 +22,6 @@ from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from speechkd.data.manifest import FIELDS, Manifest
 
 TIMESTAMP_SECONDS = 0.02  # step of Whisper's timestamp tokens
-BOUNDARY_TOLERANCE_SECONDS = 0.2  # how far a teacher's timestamp may miss the border between two clips
 WINDOW_SECONDS = WINDOW_SAMPLES / SAMPLE_RATE_HZ
 PART_FIELDS = ("id", "audio", "offset_seconds", "duration_seconds", "sample_rate_hz", "text")
 PACK_FEATURES = {
@@ -269,7 +268,8 @@ def label_segments(token_ids: Sequence[int], tokens: WhisperTokens) -> list[Segm
 def split_label(pack: Mapping[str, Any], token_ids: Sequence[int], tokens: WhisperTokens) -> list[list[int] | None]:
     """Token ids of each part's text, as far as the timestamps of a pack's label tell them apart.
 
-    A segment belongs to a part if it keeps within it up to 0.2 s on either side. What cannot be told apart is not
+    A segment and a part belong together if more than half of the shorter lies in the other: teachers put a start where
+    the segment before ends, seconds early, so closer bounds would reject most. What cannot be told apart is not
     guessed: parts that share a segment, or that a segment without both timestamps may reach, get None.
 
     Args:
@@ -278,7 +278,8 @@ def split_label(pack: Mapping[str, Any], token_ids: Sequence[int], tokens: Whisp
         tokens: of the vocabulary.
 
     Returns:
-        One entry a part: token ids to decode, [] where nothing was said, None where it is not known.
+        One entry a part: token ids to decode, [] where the label has nothing, None where it is not known.
+        A teacher that writes timestamps may leave out the last clip of a window: filter empty texts of parts.
     """
     parts = pack["parts"]
     texts: list[list[int] | None] = [[] for _ in parts]
@@ -297,11 +298,11 @@ def split_label(pack: Mapping[str, Any], token_ids: Sequence[int], tokens: Whisp
 
 
 def _touched(parts: Sequence[Mapping[str, Any]], start: float, end: float) -> list[int]:
-    """Positions of the parts that a stretch of time reaches by more than the tolerance, or by half of a short part."""
+    """Positions of the parts that share more than half of the shorter with a stretch of time."""
     touched, nearest = [], []
     for index, part in enumerate(parts):
         overlap = min(end, _end_seconds(part)) - max(start, part["start_seconds"])
-        if overlap > min(BOUNDARY_TOLERANCE_SECONDS, part["duration_seconds"] / 2):
+        if overlap > min(end - start, part["duration_seconds"]) / 2:
             touched.append(index)
         if overlap >= 0:
             nearest.append(index)
@@ -339,7 +340,8 @@ def _follows(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
 
 
 def _pack(utterances: Sequence[Mapping[str, Any]], previous_id: str | None) -> dict[str, Any]:
-    parts, num_samples = [], 0
+    parts: list[dict[str, Any]] = []
+    num_samples = 0
     for utterance in utterances:
         part = {field: utterance.get(field) for field in PART_FIELDS}
         parts.append(part | {"start_seconds": num_samples / SAMPLE_RATE_HZ})

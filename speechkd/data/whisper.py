@@ -9,13 +9,13 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from speechkd.data.audio import load_utterance
 from speechkd.data.audit import usable_clips
 from speechkd.data.augment import WaveformAugment
 from speechkd.data.collate import MAX_LABEL_TOKENS, WhisperTokens, collate_labels
 from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from speechkd.data.loader import pad_waveforms, report_skipped
 from speechkd.data.manifest import Manifest
+from speechkd.data.packing import load_pack
 from speechkd.files import read_jsonl
 from speechkd.labels.filters import FilterConfig, apply_filters
 from speechkd.labels.teacher_cache import LabelStore
@@ -52,8 +52,8 @@ class WhisperTrainSet(Dataset):
         if self.states is not None:
             return {**item, "encoder_states": self.states.array(utterance["id"])}
         if self.augment is None:
-            return {**item, "waveform": load_utterance(utterance, SAMPLE_RATE_HZ, torch.int16)}
-        waveform = load_utterance(utterance, SAMPLE_RATE_HZ)
+            return {**item, "waveform": load_pack(utterance, SAMPLE_RATE_HZ, torch.int16)}
+        waveform = load_pack(utterance, SAMPLE_RATE_HZ)
         augmented = self.augment(waveform, utterance["id"], self.epoch)
         # slowed down beyond the window, the clip would lose the words at its end
         return {**item, "waveform": augmented if len(augmented) <= WINDOW_SAMPLES else waveform}

@@ -10,11 +10,13 @@ import torch
 from tqdm import tqdm
 from transformers import WhisperForConditionalGeneration
 
+from speechkd.data.audit import usable_clips
 from speechkd.data.collate import WhisperTokens
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
 from speechkd.data.hub import read_utterances
 from speechkd.data.loader import ClipBatch, clip_batches, length_sorted, report_skipped
 from speechkd.data.manifest import Manifest
+from speechkd.data.packing import WINDOW_SECONDS, PackedManifest, pack_manifest
 from speechkd.files import folder_lock
 from speechkd.labels.filters import compression_ratio
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, create_store
@@ -39,6 +41,7 @@ class DecodingConfig:
         batch_size: clips decoded together.
         max_new_tokens: longest transcript in tokens; at most 444.
         num_workers: processes that decode audio files; 0 decodes in the main process.
+        timestamps: put each segment between timestamps; `strip_timestamps` takes them out again.
     """
 
     language: str | None = "en"
@@ -46,6 +49,7 @@ class DecodingConfig:
     batch_size: int = 16
     max_new_tokens: int = 224
     num_workers: int = 0
+    timestamps: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -63,13 +67,16 @@ def label_manifest(
     *,
     decoding: DecodingConfig,
     targets: tuple[Target, ...] = ("text",),
+    pack: bool = False,
     max_skipped_fraction: float = 0.01,
     device: torch.device | str | None = None,
 ) -> LabelStore:
     """Transcribe a manifest with a Whisper and keep what it says, carrying on where an earlier call stopped.
 
     A row holds `id, duration_seconds, text, token_ids, mean_logprob, compression_ratio, no_speech_prob, finished,
-    compute_seconds`; with "encoder_states" the store also has the last encoder states, (frames, dim), float16.
+    compute_seconds`; with "encoder_states" the store also has the last encoder states, (frames, dim), float16. With
+    `pack`, clips are joined to windows of up to 30 s: `id` and `previous_id` are those of `pack_manifest`, and `parts`
+    holds `id, start_seconds, duration_seconds` of the clips.
 
     Args:
         model_name: Hub id, folder or `bundled:<name>`.
@@ -77,6 +84,8 @@ def label_manifest(
         output_dir: label store; created or continued.
         decoding: language and limits.
         targets: what to store; "text" is always there.
+        pack: label windows of joined clips, a third of the work for clips of 8 s; each clip is decoded once more
+            beforehand, so that a bad one does not take its neighbours along.
         max_skipped_fraction: share of clips that may be undecodable, 0 to 1.
         device: where the model runs; by default CUDA if there is one.
 
@@ -92,7 +101,9 @@ def label_manifest(
     manifest = read_utterances(manifest_path)
     with folder_lock(output_dir):
         model = load_whisper(model_name, device=device)
-        store = create_store(output_dir, store_header(model_name, model, targets, decoding))
+        store = create_store(output_dir, store_header(model_name, model, targets, decoding, pack))
+        if pack:
+            manifest = _packed(manifest, output_dir, decoding.num_workers, max_skipped_fraction)
         pending = _pending(manifest, store)
         if not pending:
             logger.info("%s already holds all %d utterances of %s", output_dir, len(manifest), manifest_path)
@@ -102,7 +113,11 @@ def label_manifest(
 
 
 def store_header(
-    model_name: str, model: WhisperForConditionalGeneration, targets: tuple[Target, ...], decoding: DecodingConfig
+    model_name: str,
+    model: WhisperForConditionalGeneration,
+    targets: tuple[Target, ...],
+    decoding: DecodingConfig,
+    pack: bool = False,
 ) -> dict[str, Any]:
     """What a label store must know about its origin; two runs with equal headers give equal labels."""
     header: dict[str, Any] = {
@@ -115,6 +130,8 @@ def store_header(
             "dtype": str(model.dtype).removeprefix("torch."),
         },
     }
+    chosen = {"timestamps": decoding.timestamps, "pack": pack}
+    header["decoding"] |= {name: True for name, on in chosen.items() if on}  # stores of earlier versions stay valid
     if "encoder_states" in targets:
         frames, dim = model.config.max_source_positions, model.config.d_model
         header["encoder_states"] = {
@@ -124,6 +141,19 @@ def store_header(
             "bytes_per_frame": 2 * dim,
         }
     return header
+
+
+def _packed(manifest: Manifest, output_dir: Path, num_workers: int, max_skipped_fraction: float) -> PackedManifest:
+    usable = usable_clips(
+        manifest,
+        output_dir,
+        max_seconds=WINDOW_SECONDS,
+        max_skipped_fraction=max_skipped_fraction,
+        num_workers=num_workers,
+    )
+    packed = pack_manifest(manifest, kept=usable)
+    logger.info("%d clips are packed to %d windows", len(usable), len(packed))
+    return packed
 
 
 def _pending(manifest: Manifest, store: LabelStore) -> list[int]:
@@ -196,7 +226,8 @@ def _label(
                 raise Preempted(f"stopped by SIGTERM; what is labelled is in {store.folder}, the same command resumes")
     if rows:
         store.write_shard(rows, arrays)
-    report_skipped(skipped, len(manifest), store.folder, max_skipped_fraction)
+    if skipped or not isinstance(manifest, PackedManifest):  # else skipped.jsonl names the clips that were not packed
+        report_skipped(skipped, len(manifest), store.folder, max_skipped_fraction)
 
 
 def _label_batch(
@@ -218,6 +249,7 @@ def _label_batch(
         language=decoding.language,
         task=decoding.task,
         max_new_tokens=decoding.max_new_tokens,
+        timestamps=decoding.timestamps,
     )
     seconds = (_synchronized_time(model.device) - started) / len(decoded)
     rows = []
@@ -236,6 +268,10 @@ def _label_batch(
                 "compute_seconds": seconds,
             }
         )
+        if "parts" in utterance:
+            names = ("id", "start_seconds", "duration_seconds")
+            parts = [{name: part[name] for name in names} for part in utterance["parts"]]
+            rows[-1] |= {"previous_id": utterance["previous_id"], "parts": parts}
     return rows, states
 
 

@@ -191,18 +191,20 @@ class Decoded:
 
 
 class _GreedyLogprobs(LogitsProcessor):
-    """Rules timestamps out and records the log-probability of each step's most likely token; runs after all others.
+    """Records the log-probability of each step's most likely token; runs after all others.
 
-    A weak student may emit timestamps unasked, on which transformers would cut the clip and decode its rest again.
+    Where no timestamps are asked for, it rules them out: a weak student may emit them all the same, on which
+    transformers would cut the clip and decode its rest again.
     """
 
-    def __init__(self, no_timestamps: int) -> None:
-        self.no_timestamps = no_timestamps
+    def __init__(self, no_timestamps: int, timestamps: bool) -> None:
+        self.no_timestamps, self.timestamps = no_timestamps, timestamps
         self.steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        scores[:, self.no_timestamps + 1 :] = -torch.inf
+        if not self.timestamps:
+            scores = scores.clone()
+            scores[:, self.no_timestamps + 1 :] = -torch.inf
         self.steps.append(scores.amax(dim=-1).float() - scores.float().logsumexp(dim=-1))
         return scores
 
@@ -216,8 +218,9 @@ def greedy_decode(
     language: str | None = "en",
     task: str = "transcribe",
     max_new_tokens: int = 224,
+    timestamps: bool = False,
 ) -> list[Decoded]:
-    """Greedy transcripts without timestamps.
+    """Greedy transcripts.
 
     Args:
         model: teacher or student.
@@ -226,21 +229,26 @@ def greedy_decode(
         language: language code; None for English-only models.
         task: "transcribe" or "translate".
         max_new_tokens: limit of decoded tokens, end token included.
+        timestamps: put each segment between timestamps, under Whisper's rules for them.
 
     Returns:
         One result per clip, in order.
     """
-    recorder = _GreedyLogprobs(tokens.no_timestamps)
+    recorder = _GreedyLogprobs(tokens.no_timestamps, timestamps)
     forced: dict[str, Any] = {} if language is None else {"language": language, "task": task}
-    sequences = model.generate(
+    prefix = tokens.prefix[:-1] if timestamps else tokens.prefix
+    generated = model.generate(
         encoder_outputs=BaseModelOutput(last_hidden_state=encoder_states),
         logits_processor=LogitsProcessorList([recorder]),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        return_timestamps=False,
+        return_timestamps=timestamps,
+        force_unique_generate_call=True,  # with timestamps, transformers would decode again from the last one on
+        return_dict_in_generate=True,
         **forced,
     )
+    sequences = generated.sequences[:, -len(recorder.steps) :]  # the prompt stands in front
     logprobs = torch.stack(recorder.steps, dim=1).cpu()  # (batch, steps)
     start = torch.full((len(encoder_states), 1), tokens.start_of_transcript, device=encoder_states.device)
     first = model(encoder_outputs=(encoder_states,), decoder_input_ids=start, use_cache=False).logits[:, -1]
@@ -253,7 +261,7 @@ def greedy_decode(
         end = [tokens.end_of_text] if finished else []
         results.append(
             Decoded(
-                token_ids=[*tokens.prefix, *text_ids, *end],
+                token_ids=[*prefix, *text_ids, *end],
                 mean_logprob=logprobs[row, :num_scored].mean().item(),
                 no_speech_prob=no_speech[row],
                 finished=finished,
