@@ -1,17 +1,27 @@
 """Score a speech recogniser on a manifest."""
 
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import torch
 
 from speechkd.data.hub import read_utterances
 from speechkd.data.manifest import Manifest
-from speechkd.files import write_json, write_jsonl
+from speechkd.files import read_jsonl, write_json, write_jsonl
 from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStore
+from speechkd.metrics.hallucination import error_kind_rates, five_gram_duplicates, non_speech_output
+from speechkd.metrics.intervals import group_error_rates, macro_mean_wer, num_errors, paired_difference, wer_interval
 from speechkd.metrics.slu import slot_recall
 from speechkd.metrics.wer import Normalizer, digit_error_rate, error_rates, utterance_errors
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_asr(
@@ -25,6 +35,10 @@ def evaluate_asr(
     labels_dir: str | Path | None = None,
     decoded_dir: str | Path | None = None,
     digit_errors: bool = False,
+    group_by: Sequence[str] = (),
+    num_resamples: int = 1000,
+    compare_with: str | Path | None = None,
+    num_non_speech_clips: int = 0,
     max_skipped_fraction: float = 0.01,
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
@@ -40,6 +54,11 @@ def evaluate_asr(
         labels_dir: label store of the teacher, for `reference="teacher"`.
         decoded_dir: label store of this model's transcripts; by default `output_dir/decoded`.
         digit_errors: also count errors over single digits.
+        group_by: fields of the manifest, such as "speaker" and "language"; each gets a table of error rates.
+        num_resamples: draws of the bootstrap behind the 95 % intervals; 0 leaves the intervals out.
+        compare_with: `output_dir` of another system's evaluation on the same references, the baseline of a paired
+            bootstrap.
+        num_non_speech_clips: also decode so many clips of each kind of noise and silence, below `output_dir`.
         max_skipped_fraction: share of clips that may be undecodable, 0 to 1.
         device: where the model runs; by default CUDA if there is one.
 
@@ -47,15 +66,24 @@ def evaluate_asr(
         The content of `metrics.json`; rates in percent, over corpus totals.
 
     Raises:
-        ValueError: a reference is missing, or the folders hold results of another model.
+        ValueError: a reference is missing, the folders hold results of another model, `group_by` names a field that
+            the manifest lacks, or `compare_with` holds other references.
     """
     if (reference == "teacher") != (labels_dir is not None):
         raise ValueError(
             f"reference {reference!r} and labels_dir {labels_dir} do not fit: a teacher's labels need both"
         )
+    if num_resamples < 0 or num_non_speech_clips < 0:
+        raise ValueError(
+            f"num_resamples and num_non_speech_clips must be 0 or more, got {num_resamples} and {num_non_speech_clips}"
+        )
+    if compare_with is not None and num_resamples == 0:
+        raise ValueError(f"comparing with {compare_with} is a bootstrap; set num_resamples to 1 or more, 1000 is usual")
     output_dir = Path(output_dir)
     manifest = read_utterances(manifest_path)
     references = _references(manifest, labels_dir)
+    groups = {field: _group_values(manifest, field) for field in group_by}
+    baseline = None if compare_with is None else _baseline(compare_with, normalizer, references)
     store = label_manifest(
         model_name,
         manifest_path,
@@ -92,13 +120,27 @@ def evaluate_asr(
     if digit_errors:
         metrics["digit_error_rate"] = digit_error_rate(texts, hypotheses).wer
     metrics.update(_slot_scores(manifest, decoded))
-    write_jsonl(
-        output_dir / "hypotheses.jsonl",
-        [
-            {"id": key, "reference": text, "hypothesis": hypothesis, **utterance_errors(text, hypothesis, normalizer)}
-            for key, text, hypothesis in zip(scored, texts, hypotheses, strict=True)
-        ],
-    )
+    rows = [
+        {"id": key, "reference": text, "hypothesis": hypothesis, **utterance_errors(text, hypothesis, normalizer)}
+        for key, text, hypothesis in zip(scored, texts, hypotheses, strict=True)
+    ]
+    metrics |= asdict(error_kind_rates(rates)) | _hallucination_scores(rows, normalizer)
+    speakers = dict(zip(manifest.ids, manifest.rows["speaker"][:], strict=True))
+    metrics.update(_intervals(rows, speakers, num_resamples))
+    if groups:
+        metrics.update(_group_tables(rows, groups, num_resamples))
+    if baseline is not None:
+        metrics["comparison"] = _comparison(rows, baseline, str(compare_with), speakers, num_resamples)
+    if num_non_speech_clips:
+        metrics["non_speech"] = non_speech_output(
+            model_name,
+            output_dir / "non_speech",
+            decoding=decoding,
+            normalizer=normalizer,
+            num_clips=num_non_speech_clips,
+            device=device,
+        )
+    write_jsonl(output_dir / "hypotheses.jsonl", rows)
     write_json(output_dir / "metrics.json", metrics)
     return metrics
 
@@ -131,3 +173,116 @@ def _slot_scores(manifest: Manifest, decoded: dict[str, dict[str, Any]]) -> dict
     slots, texts = zip(*pairs, strict=True)
     recall = slot_recall(slots, texts)
     return {"slot_recall": recall.recall, "num_slots": recall.num_slots}
+
+
+def _hallucination_scores(rows: list[dict[str, Any]], normalizer: Normalizer) -> dict[str, int]:
+    """What the error rates do not show: loops, and words where the reference has none."""
+    duplicates, num_five_grams = five_gram_duplicates(
+        [row["hypothesis"] for row in rows if row["num_reference_words"]], normalizer
+    )
+    return {
+        "five_gram_duplicates": duplicates,
+        "num_five_grams": num_five_grams,
+        "num_words_on_empty_references": sum(row["insertions"] for row in rows if not row["num_reference_words"]),
+    }
+
+
+def _intervals(
+    rows: list[dict[str, Any]], speakers: dict[str, str | None], num_resamples: int
+) -> dict[str, float | int]:
+    """95 % intervals of the WER, drawn by utterance and, where all scored utterances name one, by speaker."""
+    rows = [row for row in rows if row["num_reference_words"]]
+    if num_resamples == 0 or len(rows) < 2:
+        return {}
+    errors, words = [num_errors(row) for row in rows], [row["num_reference_words"] for row in rows]
+    low, high = wer_interval(errors, words, num_resamples=num_resamples)
+    scores: dict[str, float | int] = {"wer_low": low, "wer_high": high}
+    if units := _speaker_units(rows, speakers):
+        low, high = wer_interval(errors, words, units=units, num_resamples=num_resamples)
+        scores |= {"wer_low_by_speaker": low, "wer_high_by_speaker": high, "num_speakers": len(set(units))}
+    return {**scores, "num_resamples": num_resamples}
+
+
+def _speaker_units(rows: list[dict[str, Any]], speakers: dict[str, str | None]) -> list[str] | None:
+    """The speaker of each row, or None where one has none or all have the same."""
+    units = [speaker for row in rows if (speaker := speakers[row["id"]]) is not None]
+    return units if len(units) == len(rows) and len(set(units)) > 1 else None
+
+
+def _group_values(manifest: Manifest, field: str) -> dict[str, Any]:
+    """The field of every utterance by its id."""
+    features = manifest.rows.features
+    known = [name for name, feature in features.items() if _names_groups(name, feature)]
+    if field not in known:
+        raise ValueError(f"group_by {field!r} is no field with names; those of a manifest are {', '.join(known)}")
+    values = manifest.rows[field][:]
+    if all(value is None for value in values):
+        raise ValueError(
+            f"no utterance of {manifest.path} has the field {field!r}, by which to group; add it or choose another"
+        )
+    return dict(zip(manifest.ids, values, strict=True))
+
+
+def _names_groups(name: str, feature: Any) -> bool:
+    # an id or a file is of one utterance, and numbers of seconds hardly ever repeat
+    return name not in ("id", "audio") and isinstance(feature, datasets.Value) and not feature.dtype.startswith("float")
+
+
+def _group_tables(
+    rows: list[dict[str, Any]], groups: dict[str, dict[str, Any]], num_resamples: int
+) -> dict[str, dict[str, Any]]:
+    """`groups`, a table for each field, and `macro_mean_wer`, for each field the plain mean over its groups."""
+    tables = {}
+    for field, values in groups.items():
+        of_rows = [values[row["id"]] for row in rows]
+        if missing := sum(value is None for value in of_rows):
+            logger.warning("%d of %d utterances have no %s and are in none of its groups", missing, len(rows), field)
+        tables[field] = group_error_rates(rows, of_rows, num_resamples=num_resamples)
+    return {"groups": tables, "macro_mean_wer": {field: macro_mean_wer(table) for field, table in tables.items()}}
+
+
+def _baseline(folder: str | Path, normalizer: Normalizer, references: dict[str, str]) -> dict[str, int]:
+    """Word errors of another evaluation on these references, by utterance id."""
+    metrics_path = Path(folder) / "metrics.json"
+    rows = [row for row in read_jsonl(Path(folder) / "hypotheses.jsonl") if row["num_reference_words"]]
+    if not rows or not metrics_path.is_file():
+        raise ValueError(f"{folder} holds no evaluation to compare with; run `speechkd evaluate --output-dir {folder}`")
+    used = json.loads(metrics_path.read_text(encoding="utf-8"))["normalizer"]
+    if used != normalizer:
+        raise ValueError(
+            f"{folder} was scored with normalizer {used!r}, this run uses {normalizer!r}; score both with the same one"
+        )
+    for row in rows:
+        if references.get(row["id"], row["reference"]) != row["reference"]:
+            raise ValueError(
+                f"utterance {row['id']!r} has the reference {row['reference']!r} in {folder} and "
+                f"{references[row['id']]!r} here; score both against the same references"
+            )
+    return {row["id"]: num_errors(row) for row in rows}
+
+
+def _comparison(
+    rows: list[dict[str, Any]],
+    baseline: dict[str, int],
+    folder: str,
+    speakers: dict[str, str | None],
+    num_resamples: int,
+) -> dict[str, Any]:
+    """Paired bootstrap over the utterances that both systems transcribed, and over their speakers where named."""
+    shared = [row for row in rows if row["id"] in baseline]
+    if len(shared) < 2:
+        raise ValueError(
+            f"{folder} shares {len(shared)} scored utterances with this run; evaluate both on the same manifest"
+        )
+    draw = partial(
+        paired_difference,
+        [baseline[row["id"]] for row in shared],
+        [num_errors(row) for row in shared],
+        [row["num_reference_words"] for row in shared],
+        num_resamples=num_resamples,
+    )
+    comparison = {"baseline": folder, **asdict(draw()), "num_utterances": len(shared)}
+    if units := _speaker_units(shared, speakers):
+        by_speaker = draw(units=units)
+        comparison |= {"low_by_speaker": by_speaker.low, "high_by_speaker": by_speaker.high}
+    return comparison

@@ -1,0 +1,366 @@
+"""Size, load time, latency, throughput, memory and word error rate of several Whispers, measured in turns."""
+
+import ctypes
+import gc
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, WhisperForCausalLM, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import cached_file
+
+from speechkd.data.collate import WhisperTokens
+from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
+from speechkd.data.hub import read_utterances
+from speechkd.data.loader import clip_batches, length_sorted
+from speechkd.data.manifest import Manifest
+from speechkd.doctor import hardware_name
+from speechkd.evaluate import real_time_factor_inverse
+from speechkd.labels.pseudo_label import DecodingConfig
+from speechkd.metrics.wer import Normalizer, error_rates, get_normalizer
+from speechkd.models.speculative import Speculated, load_assistant, speculative_decode
+from speechkd.teachers import load_processor, load_whisper, resolve_model
+
+logger = logging.getLogger(__name__)
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+COLUMNS = {
+    "size_megabytes": ("disk MB", ".0f"),
+    "parameters": ("parameters", ",d"),
+    "load_seconds": ("load s", ".2f"),
+    "latency_median_seconds": ("median s", ".3f"),
+    "latency_p95_seconds": ("95 % s", ".3f"),
+    "rtfx": ("RTFx", ".1f"),
+    "rtfx_batched": ("RTFx batched", ".1f"),
+    "peak_memory_megabytes": ("memory MB", ".0f"),
+    "wer": ("WER %", ".2f"),
+}
+
+
+@dataclass
+class _Contender:
+    """One row of the table: a model, alone or with an assistant, and what was measured of it."""
+
+    names: list[str]
+    model: WhisperForConditionalGeneration
+    tokenizer: Any
+    tokens: WhisperTokens
+    log_mel: WhisperLogMel
+    load_seconds: float
+    assistant: WhisperForCausalLM | None = None
+    working_megabytes: float | None = None
+    encode_seconds: list[float] = field(default_factory=list)
+    decode_seconds: list[float] = field(default_factory=list)
+    batched_seconds: float = 0.0
+    texts: list[str] = field(default_factory=list)
+    speculated: list[Speculated] = field(default_factory=list)
+
+
+class _NoTimestamps(LogitsProcessor):
+    """Rules timestamps out: on one that was not asked for, transformers would cut the clip and decode its rest."""
+
+    def __init__(self, no_timestamps: int) -> None:
+        self.no_timestamps = no_timestamps
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self.no_timestamps + 1 :] = -torch.inf
+        return scores
+
+
+def bench_models(
+    model_names: list[str],
+    manifest_path: str | Path,
+    *,
+    decoding: DecodingConfig,
+    assistant_name: str | None = None,
+    max_clips: int | None = None,
+    normalizer: Normalizer = "english",
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Measure models on the same clips, every clip going through all of them before the next one comes.
+
+    A clip's latency is that of log-mel, encoder and greedy decoding by transformers' `generate`, reading the file
+    excluded; clips that cannot be decoded are counted and left out. Memory is the weights plus the most that
+    transcribing one clip took beyond them; None where the system does not tell.
+
+    Args:
+        model_names: Hub ids, folders or `bundled:<name>`; without text in the manifest the first one's transcripts
+            are what the others are scored against.
+        manifest_path: the clips.
+        decoding: language and limits; `batch_size` is that of the batched measurement.
+        assistant_name: student that drafts for the first model; see `speechkd.models.speculative`.
+        max_clips: only the first so many.
+        normalizer: applied before words are compared.
+        device: where the models run; by default CUDA if there is one.
+
+    Returns:
+        `models`, one dict for each (seconds, megabytes, `rtfx`, `wer` in percent), the conditions, and with an
+        assistant `speculative`: acceptance, and time of the model alone over time with the assistant, of the whole
+        clip (`speed_ratio`) and of decoding alone (`decoding_ratio`).
+
+    Raises:
+        ValueError: no clip, a model or an assistant that does not fit.
+    """
+    if max_clips is not None and max_clips < 1:
+        raise ValueError(f"max_clips must be 1 or more, got {max_clips}")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    manifest = read_utterances(manifest_path)
+    if max_clips is not None:
+        manifest = manifest.select(range(min(max_clips, len(manifest))))
+    contenders = [_load(name, decoding, device) for name in model_names]
+    if assistant_name is not None:
+        contenders.append(_with_assistant(contenders[0], assistant_name))
+    utterances, num_skipped = _run_turns(contenders, manifest, decoding, device)
+    if not utterances:
+        raise ValueError(f"none of the {len(manifest)} clips of {manifest_path} could be decoded; see the log")
+    audio_seconds = sum(utterance["duration_seconds"] for utterance in utterances)
+    texts = [utterance["text"] for utterance in utterances]
+    has_text = all(text is not None for text in texts)
+    references = texts if has_text else contenders[0].texts
+    result: dict[str, Any] = {
+        "models": [_measures(contender, audio_seconds, references, normalizer) for contender in contenders],
+        "reference": "the manifest's text" if has_text else f"the transcripts of {model_names[0]}",
+        "normalizer": normalizer,
+        "manifest": str(manifest_path),
+        "num_clips": len(utterances),
+        "num_skipped": num_skipped,
+        "audio_seconds": audio_seconds,
+        "batch_size": decoding.batch_size,
+        "device": hardware_name(device),
+        "num_threads": torch.get_num_threads(),
+    }
+    if assistant_name is not None:
+        result["speculative"] = _speculative_measures(contenders[0], contenders[-1])
+    return result
+
+
+def _load(name: str, decoding: DecodingConfig, device: torch.device) -> _Contender:
+    resolve_model(name)  # converts a bundled model on its first use, which is no part of loading
+    started = _now(device)
+    model, processor = load_whisper(name, device=device), load_processor(name)
+    load_seconds = _now(device) - started
+    tokens = WhisperTokens.from_tokenizer(processor.tokenizer, language=decoding.language, task=decoding.task)
+    log_mel = WhisperLogMel(model.config.num_mel_bins).to(device)
+    return _Contender([name], model, processor.tokenizer, tokens, log_mel, load_seconds)
+
+
+def _with_assistant(teacher: _Contender, assistant_name: str) -> _Contender:
+    started = _now(teacher.model.device)
+    assistant = load_assistant(assistant_name, teacher.model)
+    load_seconds = teacher.load_seconds + _now(teacher.model.device) - started
+    return _Contender(
+        [*teacher.names, assistant_name],
+        teacher.model,
+        teacher.tokenizer,
+        teacher.tokens,
+        teacher.log_mel,
+        load_seconds,
+        assistant,
+    )
+
+
+def _run_turns(
+    contenders: list[_Contender], manifest: Manifest, decoding: DecodingConfig, device: torch.device
+) -> tuple[list[dict[str, Any]], int]:
+    """Let all take turns on each clip, then on each batch; the utterances that were decoded, and how many were not."""
+    utterances: list[dict[str, Any]] = []
+    num_skipped = 0
+    batches = clip_batches(
+        manifest,
+        length_sorted(manifest, range(len(manifest))),
+        sample_rate_hz=SAMPLE_RATE_HZ,
+        batch_size=decoding.batch_size,
+        device=device,
+    )
+    for batch in batches:
+        for skipped in batch.skipped:
+            logger.warning("%s", skipped["reason"])
+        num_skipped += len(batch.skipped)
+        if batch.utterances:
+            if not utterances:
+                _warm_up(contenders, batch.waveforms[:1], decoding)
+            for clip in batch.waveforms.split(1):
+                for contender in contenders:
+                    _one_clip(contender, clip, decoding)
+            for contender in contenders:
+                if contender.assistant is None:
+                    started = _now(device)
+                    _transcribe(contender, batch.waveforms, decoding)
+                    contender.batched_seconds += _now(device) - started
+            utterances += batch.utterances
+        logger.info("%d of %d clips", len(utterances) + num_skipped, len(manifest))
+    return utterances, num_skipped
+
+
+def _warm_up(contenders: list[_Contender], clip: Tensor, decoding: DecodingConfig) -> None:
+    """Let each choose its kernels on one clip, untimed, and then see what memory it takes."""
+    for contender in contenders:
+        step = partial(_transcribe, contender, clip, decoding)
+        step()
+        contender.working_megabytes = _peak_megabytes(step, contender.model.device)
+
+
+def _one_clip(contender: _Contender, clip: Tensor, decoding: DecodingConfig) -> None:
+    device = contender.model.device
+    started = _now(device)
+    states = _encode(contender, clip)
+    encoded = _now(device)
+    token_ids, speculated = _decode(contender, states, decoding)
+    contender.decode_seconds.append(_now(device) - encoded)
+    contender.encode_seconds.append(encoded - started)
+    contender.texts.append(contender.tokenizer.decode(token_ids[0], skip_special_tokens=True).strip())
+    contender.speculated += speculated
+
+
+def _transcribe(contender: _Contender, waveforms: Tensor, decoding: DecodingConfig) -> None:
+    _decode(contender, _encode(contender, waveforms), decoding)
+
+
+@torch.no_grad()
+def _encode(contender: _Contender, waveforms: Tensor) -> Tensor:
+    model = contender.model
+    return model.model.encoder(contender.log_mel(waveforms).to(model.dtype)).last_hidden_state
+
+
+@torch.no_grad()
+def _decode(
+    contender: _Contender, states: Tensor, decoding: DecodingConfig
+) -> tuple[list[list[int]], list[Speculated]]:
+    """Token ids of each clip, and with an assistant how they came about."""
+    model, tokens = contender.model, contender.tokens
+    if contender.assistant is not None:
+        speculated = speculative_decode(
+            model, contender.assistant, states, tokens, max_new_tokens=decoding.max_new_tokens
+        )
+        return [speculated.token_ids], [speculated]
+    forced: dict[str, Any] = {} if decoding.language is None else {"language": decoding.language, "task": decoding.task}
+    sequences = model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=states),
+        logits_processor=LogitsProcessorList([_NoTimestamps(tokens.no_timestamps)]),
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        return_timestamps=False,
+        **forced,
+    )
+    return sequences.tolist(), []
+
+
+def _measures(
+    contender: _Contender, audio_seconds: float, references: list[str], normalizer: Normalizer
+) -> dict[str, Any]:
+    latencies = [sum(pair) for pair in zip(contender.encode_seconds, contender.decode_seconds, strict=True)]
+    normalize = get_normalizer(normalizer)
+    has_words = any(normalize(text) for text in references)
+    models: list[Any] = [contender.model] if contender.assistant is None else [contender.model, contender.assistant]
+    weights_bytes = sum(weight.numel() * weight.element_size() for model in models for weight in _weights(model))
+    working = contender.working_megabytes
+    return {
+        "name": " + ".join(contender.names),
+        "size_megabytes": sum(_size_bytes(name) for name in contender.names) / 1e6,
+        "parameters": sum(weight.numel() for model in models for weight in _weights(model.model)),  # the head is tied
+        "load_seconds": contender.load_seconds,
+        "latency_median_seconds": statistics.median(latencies),
+        "latency_p95_seconds": float(np.percentile(latencies, 95)),
+        "rtfx": real_time_factor_inverse(sum(latencies), audio_seconds),
+        "rtfx_batched": real_time_factor_inverse(contender.batched_seconds, audio_seconds)
+        if contender.assistant is None
+        else None,
+        "peak_memory_megabytes": None if working is None else weights_bytes / 1e6 + working,
+        "wer": error_rates(references, contender.texts, normalizer).wer if has_words else None,
+    }
+
+
+def _speculative_measures(teacher: _Contender, assisted: _Contender) -> dict[str, Any]:
+    rows = assisted.speculated
+    num_steps, num_drafted = sum(row.num_steps for row in rows), sum(row.num_drafted for row in rows)
+    num_accepted = sum(row.num_accepted for row in rows)
+    num_tokens = sum(len(row.token_ids) - len(assisted.tokens.prefix) for row in rows)
+    alone, together = sum(teacher.decode_seconds), sum(assisted.decode_seconds)
+    return {
+        "assistant": assisted.names[-1],
+        "num_steps": num_steps,
+        "tokens_per_step": num_tokens / num_steps,
+        "accepted_tokens_per_step": num_accepted / num_steps,
+        "acceptance_rate": num_accepted / num_drafted,
+        "num_identical_texts": sum(a == b for a, b in zip(teacher.texts, assisted.texts, strict=True)),
+        "speed_ratio": (alone + sum(teacher.encode_seconds)) / (together + sum(assisted.encode_seconds)),
+        "decoding_ratio": alone / together,
+    }
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, those of int8 layers included, which torch does not count as such."""
+    yield from module.parameters()
+    for layer in module.modules():
+        if isinstance(layer, torch.ao.nn.quantized.dynamic.Linear):
+            yield from (layer.weight(), layer.bias()) if layer.bias() is not None else (layer.weight(),)
+
+
+def _size_bytes(name: str) -> int:
+    """All files of a model's folder; of a Hub id, those that were downloaded."""
+    folder = Path(resolve_model(name))
+    if not folder.is_dir():
+        folder = Path(str(cached_file(str(folder), "config.json"))).parent
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _peak_megabytes(step: Callable[[], None], device: torch.device) -> float | None:
+    """Most memory that a call takes beyond what is held before it; resident set on a CPU, None where it is unknown."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # or what an earlier model freed would be used again and not be seen
+        CLEAR_REFS.write_text("5")  # the peak becomes the present value
+    except (OSError, AttributeError, TypeError):  # no Linux, or another C library
+        return None
+    before = psutil.Process().memory_info().rss
+    step()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return (peak - before) / 1e6
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def table_lines(result: dict[str, Any]) -> Iterator[str]:
+    """What `bench_models` found as a table for a terminal, one row a model."""
+    rows = [["model", *(title for title, _ in COLUMNS.values())]]
+    for model in result["models"]:
+        cells = ["-" if model[key] is None else format(model[key], form) for key, (_, form) in COLUMNS.items()]
+        rows.append([model["name"], *cells])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        yield "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))])
+    yield (
+        f"{result['num_clips']} clips, {result['audio_seconds']:.0f} s ({result['num_skipped']} skipped), batches of "
+        f"{result['batch_size']}, {result['device']}, {result['num_threads']} threads; "
+        f"WER against {result['reference']}"
+    )
+    if "speculative" in result:
+        found = result["speculative"]
+        yield (
+            f"speculative decoding: {found['accepted_tokens_per_step']:.2f} accepted tokens a step "
+            f"({100 * found['acceptance_rate']:.0f} % of drafts), {found['speed_ratio']:.2f} times as fast a clip, "
+            f"{found['decoding_ratio']:.2f} times in decoding, {found['num_identical_texts']} of "
+            f"{result['num_clips']} texts identical"
+        )
