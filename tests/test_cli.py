@@ -49,7 +49,7 @@ def test_doctor_says_why_a_cpu_stays_in_float32(tone_manifest):
         assert any(("keep float32" if slower else "stays in float32") in advice for advice in facts["advice"])
 
 
-@pytest.mark.parametrize("command", ["label", "evaluate", "doctor"])
+@pytest.mark.parametrize("command", ["label", "evaluate", "bench", "doctor"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as error:
         main([command, "--help"])
