@@ -119,6 +119,27 @@ def test_labels_of_another_teacher_are_refused(tiny_teacher, tone_manifest, labe
         train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels))
 
 
+def test_the_best_student_on_the_development_set_is_kept(tiny_teacher, tone_manifest, labels):
+    (labels / "dev").symlink_to(labels / "test")
+    options = {
+        "data.dev_manifest": tone_manifest,
+        "trainer.eval_strategy": "steps",
+        "trainer.eval_steps": 1,
+        "trainer.load_best_model_at_end": "true",
+        "trainer.save_total_limit": 1,
+        "trainer.learning_rate": 100.0,  # the second step can only make it worse
+    }
+    more = [f"--{key}={value}" for key, value in options.items()]
+    train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels, *more))
+    run = tone_manifest.parent / "run"
+    log = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
+    evaluations = {row["step"]: row["eval_loss"] for row in log if "eval_loss" in row}
+    best = min(evaluations, key=evaluations.get)
+    kept = load_file(run / f"checkpoint-{best}/model.safetensors")
+    student = load_file(run / "student/model.safetensors")
+    assert len(evaluations) == 2 and all(student[name].equal(weight) for name, weight in kept.items())
+
+
 def test_training_on_labels_that_are_not_finished_is_refused(tiny_teacher, tone_manifest, labels):
     more = [
         {"id": f"more-{n}", "audio": "audio/0.wav", "duration_seconds": 1.0, "sample_rate_hz": 16_000} for n in range(2)

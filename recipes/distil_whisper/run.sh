@@ -42,6 +42,7 @@ run_dir=$(value trainer.output_dir)
 labels_dir=$(value data.labels_dir)
 train_manifest=$(value data.train_manifest)
 test_manifest=$(value data.test_manifest)
+dev_manifest=$(value data.dev_manifest)
 data_dir=$(dirname "$train_manifest")
 corpus=$(basename "$data_dir")
 
@@ -75,11 +76,13 @@ label() {
     --max-skipped-fraction "$(value data.max_skipped_fraction)")
   speechkd label "${options[@]}" --manifest "$train_manifest" --output-dir "$labels_dir/train" --targets "${targets[@]}"
   speechkd label "${options[@]}" --manifest "$test_manifest" --output-dir "$labels_dir/test"
+  [[ $dev_manifest == none ]] ||
+    speechkd label "${options[@]}" --manifest "$dev_manifest" --output-dir "$labels_dir/dev" --targets "${targets[@]}"
 }
 
 run_stage 1 prepare "$data_dir/.stage-prepare.json" "data.train_manifest data.test_manifest" "$data_dir" prepare
 run_stage 2 label "$labels_dir/.stage-label.json" \
-  "teacher data.train_manifest data.test_manifest data.max_skipped_fraction decoding" "$labels_dir" label
+  "teacher data.train_manifest data.test_manifest data.dev_manifest data.max_skipped_fraction decoding" "$labels_dir" label
 run_stage 3 train "$run_dir/.stage-train.json" "teacher data student loss decoding filters trainer" "$run_dir" \
   python "$recipe_dir/train.py" --config "$resolved"
 run_stage 4 evaluate "$run_dir/.stage-evaluate.json" "teacher data decoding evaluation trainer" \
