@@ -169,6 +169,9 @@ def _check_file(path: str, known_keys: list[str]) -> None:
                 if name.value in seen:
                     raise ValueError(f"{place} has the key {name.value!r:.100} twice; remove one")
                 seen.add(name.value)
+                is_empty = isinstance(child, yaml.ScalarNode) and child.tag == "tag:yaml.org,2002:null"
+                if depth == 0 and is_empty and name.value.split(".")[0] not in {k.split(".")[0] for k in known_keys}:
+                    raise ValueError(f"Option '{name.value}' is not accepted")  # jsonargparse names no key here
                 waiting.append((child, f"{key}.{name.value}" if key else name.value, depth + 1))
             if not seen and not any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in known_keys):
                 raise ValueError(f"Option '{key}' is not accepted")

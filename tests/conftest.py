@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may wait for a network
 
+import hypothesis
 import pytest
 import soundfile
 import torch
@@ -17,6 +18,10 @@ from speechkd.data.manifest import write_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "data_prep"), str(ROOT / "recipes/distil_whisper")]
+
+# the same examples each time, so that a change is judged by what it does; HYPOTHESIS_PROFILE=default looks for new ones
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 TOKENS = WhisperTokens(
     start_of_transcript=50258,

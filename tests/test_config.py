@@ -45,6 +45,13 @@ def test_wrong_keys_types_and_combinations_are_named(yaml, message, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
+def test_an_empty_key_outside_its_section_is_named(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("labels_dir:\n")
+    with pytest.raises(SystemExit):
+        parse_config(DistilWhisperConfig, ["--config", str(tmp_path / "c.yaml")])
+    assert "unknown key 'labels_dir'; did you mean 'data.labels_dir'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

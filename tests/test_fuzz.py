@@ -76,7 +76,8 @@ def read_or_refuse(path: Path) -> str | None:
     lines = [line for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     for utterance, line in zip(manifest, lines, strict=True):
         written = json.loads(line)
-        written["duration_seconds"] = float(written["duration_seconds"])  # Arrow holds no longer whole numbers
+        for name in {"duration_seconds", "offset_seconds"} & {key for key in written if written[key] is not None}:
+            written[name] = float(written[name])  # Arrow holds no longer whole numbers
         assert {name: written.get(name) for name in FIELDS} == {**utterance, "audio": written["audio"]}
         assert 0 < utterance["duration_seconds"] < math.inf and 0 < utterance["sample_rate_hz"] <= 10**7
     return None

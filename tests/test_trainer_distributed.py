@@ -145,3 +145,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():  # gloo aborts a process that ends while another still talks to it
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
