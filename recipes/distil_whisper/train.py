@@ -11,78 +11,33 @@ from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, WhisperForConditionalGeneration, WhisperProcessor, set_seed
+from corpora import build_set
+from objective import LossConfig, count_items, loss_terms
+from students import StudentConfig, build_models
+from transformers import WhisperForConditionalGeneration, WhisperProcessor, set_seed
 
 from speechkd.cli import exit_codes
 from speechkd.config import DataConfig, EvaluationConfig, TeacherConfig, parse_config, save_config
-from speechkd.data.audio import pcm16_to_float
 from speechkd.data.augment import WaveformAugment
 from speechkd.data.collate import WhisperTokens
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
-from speechkd.data.hub import read_utterances
 from speechkd.data.sampler import DurationBatchSampler
-from speechkd.data.whisper import WhisperTrainSet, collate_whisper, pseudo_labelled_set, reference_set
+from speechkd.data.whisper import WhisperTrainSet, collate_whisper
 from speechkd.doctor import hardware_name
 from speechkd.export.huggingface import model_card, save_student
 from speechkd.files import folder_lock, write_json
 from speechkd.labels.filters import FilterConfig
 from speechkd.labels.pseudo_label import DecodingConfig
-from speechkd.labels.teacher_cache import LabelStore, check_teacher
-from speechkd.losses.fused import fused_linear_cross_entropy, fused_linear_distillation
-from speechkd.models.whisper import choose_layers, decoder_states, encoders_equal, freeze_student, student_from_teacher
-from speechkd.teachers import check_vocabularies, load_processor, load_whisper, teacher_identity
-from speechkd.trainer import Batch, DistillationArguments, DistillationTrainer
+from speechkd.models.whisper import choose_layers
+from speechkd.teachers import load_processor
+from speechkd.trainer import DistillationArguments, DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 30.0
-
-
-@dataclass(kw_only=True)
-class StudentConfig:
-    """What the student keeps of the teacher.
-
-    Args:
-        init_from: start from this checkpoint instead of cutting layers out of the teacher.
-        decoder_layers: number of decoder layers.
-        encoder_layers: number of encoder layers; null keeps all.
-        decoder_layers_numbers: which decoder layers, negative ones from the end; null spaces them evenly.
-        freeze_encoder: keep the encoder as it is; teacher and student then share it.
-        freeze_embed_positions: keep the decoder's positions, so that contexts longer than the training labels work.
-    """
-
-    init_from: str | None = None
-    decoder_layers: int = 2
-    encoder_layers: int | None = None
-    decoder_layers_numbers: list[int] | None = None
-    freeze_encoder: bool = True
-    freeze_embed_positions: bool = True
-
-
-@dataclass(kw_only=True)
-class LossConfig:
-    """Weights of the objective. The paper prints 0.8 KL + 1.0 CE; its code, and so its checkpoints, have these.
-
-    Args:
-        cross_entropy: weight of the cross entropy on the labels.
-        kl: weight of KL(teacher || student); 0 trains without a live teacher.
-        temperature: of the KL term, which carries its square.
-    """
-
-    cross_entropy: float = 0.8
-    kl: float = 1.0
-    temperature: float = 2.0
-
-    def __post_init__(self) -> None:
-        if min(self.cross_entropy, self.kl) < 0 or self.cross_entropy + self.kl == 0:
-            raise ValueError(
-                f"loss weights must be >= 0 and not both 0, got cross_entropy={self.cross_entropy}, kl={self.kl}"
-            )
 
 
 @dataclass(kw_only=True)
@@ -132,124 +87,6 @@ class DistilWhisperConfig:
             raise ValueError(f"trainer.eval_strategy={self.trainer.eval_strategy.value} needs data.dev_manifest")
 
 
-def loss_terms(
-    model: nn.Module,
-    teacher: WhisperForConditionalGeneration | None,
-    batch: Batch,
-    *,
-    weights: LossConfig,
-    log_mel: WhisperLogMel,
-    shared_encoder: nn.Module | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Summed objective of a batch and its terms; section 3 of the paper.
-
-    Teacher and student get the same `decoder_input_ids`. A shared encoder runs once, or not at all when the batch
-    carries its states.
-    """
-    labels, decoder_input_ids = batch["labels"], batch["decoder_input_ids"]
-    features = states = None
-    if "encoder_states" in batch:
-        states = batch["encoder_states"].float()
-    else:
-        features = log_mel(pcm16_to_float(batch["waveforms"]))
-        if shared_encoder is not None:
-            with torch.no_grad():
-                states = shared_encoder(features).last_hidden_state
-    inputs = {"input_features": features} if states is None else {"encoder_outputs": (states,)}
-    student, head = decoder_states(model, **inputs, decoder_input_ids=decoder_input_ids)
-    if teacher is None:
-        loss = fused_linear_cross_entropy(student, head, labels, reduction="sum")
-        return weights.cross_entropy * loss, {"cross_entropy": loss.detach()}
-    if states is None:
-        inputs = {"input_features": features.to(teacher.dtype)}
-    else:
-        inputs = {"encoder_outputs": (states.to(teacher.dtype),)}
-    with torch.no_grad():
-        teacher_states = decoder_states(teacher, **inputs, decoder_input_ids=decoder_input_ids)
-    total, terms = fused_linear_distillation(
-        student,
-        head,
-        *teacher_states,
-        labels,
-        label_weight=weights.cross_entropy,
-        kd_weight=weights.kl,
-        temperature=weights.temperature,
-        reduction="sum",
-    )
-    return total, {"cross_entropy": terms["cross_entropy"], "kl": terms["divergence"]}
-
-
-def count_items(batch: Batch) -> Tensor:
-    """Scored tokens of a batch."""
-    return (batch["labels"] >= 0).sum()
-
-
-def build_models(
-    config: DistilWhisperConfig,
-) -> tuple[WhisperForConditionalGeneration, WhisperForConditionalGeneration | None, dict[str, Any] | None]:
-    """Student, teacher (None without one) and the teacher's identity; a frozen encoder that both have is held once."""
-    device = config.trainer.device
-    teacher, identity = None, None
-    if config.teacher is not None:
-        teacher = load_whisper(config.teacher.name, dtype=config.teacher.dtype, device=device)
-        identity = teacher_identity(config.teacher.name, teacher)
-    if config.student.init_from is not None or teacher is None:
-        student = load_whisper(str(config.student.init_from), device=device)
-    else:
-        student = student_from_teacher(
-            teacher,
-            decoder_layers=config.student.decoder_layers,
-            encoder_layers=config.student.encoder_layers,
-            decoder_layers_numbers=config.student.decoder_layers_numbers,
-        )
-    student.float()  # a large teacher may come in half precision, in which small updates are lost
-    freeze_student(
-        student, encoder=config.student.freeze_encoder, embed_positions=config.student.freeze_embed_positions
-    )
-    if teacher is not None:
-        check_vocabularies(teacher, student)
-        if config.student.freeze_encoder and encoders_equal(teacher, student):
-            teacher.model.encoder = student.model.encoder
-        elif config.teacher is not None and config.teacher.cache_encoder_states:
-            raise ValueError(
-                f"teacher.cache_encoder_states: the encoder of student.init_from={config.student.init_from} is not the "
-                f"teacher's; set it to false"
-            )
-    return student, teacher, identity
-
-
-def build_set(
-    config: DistilWhisperConfig,
-    split: Literal["train", "dev"],
-    identity: dict[str, Any] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: WhisperTokens,
-) -> tuple[WhisperTrainSet, dict[str, Any]]:
-    """The utterances of a split with their labels, and the report of the label filters."""
-    manifest = read_utterances(str(config.data.train_manifest if split == "train" else config.data.dev_manifest))
-    if config.data.labels_dir is None:
-        labelled_set = reference_set(
-            manifest,
-            tokenizer,
-            tokens,
-            output_dir=str(Path(config.trainer.output_dir) / ("dev" if split == "dev" else "")),
-            max_skipped_fraction=config.data.max_skipped_fraction,
-            num_workers=config.data.num_workers,
-        )
-        return labelled_set, {}
-    store = LabelStore(Path(config.data.labels_dir) / split)
-    if identity is not None:
-        check_teacher(store, identity)
-    cached = config.teacher is not None and config.teacher.cache_encoder_states
-    return pseudo_labelled_set(
-        manifest,
-        store,
-        config.filters,
-        cached_encoder_states=cached,
-        max_skipped_fraction=config.data.max_skipped_fraction,
-    )
-
-
 def describe_run(
     config: DistilWhisperConfig,
     student: WhisperForConditionalGeneration,
@@ -292,16 +129,25 @@ def describe_run(
 def build_trainer(config: DistilWhisperConfig) -> tuple[DistillationTrainer, WhisperProcessor, dict[str, Any]]:
     """Everything of a run before its first step: the trainer, the processor, and the facts for `run.json`."""
     set_seed(config.trainer.seed)
-    student, teacher, identity = build_models(config)
+    output_dir = Path(config.trainer.output_dir)
+    student, teacher, identity = build_models(config.teacher, config.student, config.trainer.device)
     processor = load_processor(config.teacher.name if config.teacher else str(config.student.init_from))
     tokens = WhisperTokens.from_tokenizer(
         processor.tokenizer, language=config.decoding.language, task=config.decoding.task
     )
     with config.trainer.main_process_first(desc="preparing the data"):
-        train_set, filter_report = build_set(config, "train", identity, processor.tokenizer, tokens)
-        dev_set = None
-        if config.data.dev_manifest is not None:
-            dev_set, _ = build_set(config, "dev", identity, processor.tokenizer, tokens)
+        split_set = partial(
+            build_set,
+            config.data,
+            filters=config.filters,
+            identity=identity,
+            cached_encoder_states=config.teacher is not None and config.teacher.cache_encoder_states,
+            tokenizer=processor.tokenizer,
+            tokens=tokens,
+            output_dir=output_dir,
+        )
+        train_set, filter_report = split_set("train")
+        dev_set = None if config.data.dev_manifest is None else split_set("dev")[0]
     if config.data.augment is not None:
         train_set.augment = WaveformAugment(config.data.augment, SAMPLE_RATE_HZ, config.trainer.seed)
     run = describe_run(config, student, teacher, identity, train_set, filter_report)
