@@ -13,7 +13,7 @@ from speechkd.data.audio import AudioError
 from speechkd.data.manifest import write_manifest
 from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStoreError, create_store
-from speechkd.teachers import load_whisper
+from speechkd.teachers import load_processor, load_whisper
 
 DECODING = DecodingConfig(batch_size=2, max_new_tokens=6)
 
@@ -92,6 +92,7 @@ def test_another_teacher_is_refused_and_both_are_named(tiny_teacher, tone_manife
     with torch.no_grad():
         model.model.decoder.layer_norm.bias += 1
     model.save_pretrained(other)
+    load_processor(tiny_teacher).save_pretrained(other)
     with pytest.raises(LabelStoreError, match=r"come from teacher .*tiny-teacher.*but this run has .*other-teacher"):
         label_manifest(str(other), tone_manifest, tmp_path / "labels", decoding=DECODING)
 

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,53 +12,25 @@ from tqdm import tqdm
 from transformers import WhisperForConditionalGeneration
 
 from speechkd.data.audit import usable_clips
-from speechkd.data.collate import WhisperTokens
-from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
+from speechkd.data.features import SAMPLE_RATE_HZ
 from speechkd.data.hub import read_utterances
-from speechkd.data.loader import ClipBatch, clip_batches, length_sorted, report_skipped
+from speechkd.data.loader import clip_batches, length_sorted, report_skipped
 from speechkd.data.manifest import Manifest
 from speechkd.data.packing import WINDOW_SECONDS, PackedManifest, pack_manifest
 from speechkd.files import folder_lock
-from speechkd.labels.filters import compression_ratio
+from speechkd.labels.decoding import DecodingConfig
+from speechkd.labels.labeller import Labeller, Target
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, create_store
-from speechkd.models.whisper import greedy_decode
+from speechkd.labels.topk_labels import TOPK
+from speechkd.labels.topk_records import topk_header
 from speechkd.preemption import Preempted, sigterm_requests
-from speechkd.teachers import load_processor, load_whisper, teacher_identity
+from speechkd.teachers import load_whisper, teacher_identity
 
 logger = logging.getLogger(__name__)
 
-Target = Literal["text", "encoder_states"]
+Engine = Literal["local", "ray"]
 SHARD_UTTERANCES = 256
 SHARD_SECONDS = 30.0  # a kill loses at most this much work
-
-
-@dataclass(kw_only=True)
-class DecodingConfig:
-    """How a Whisper transcribes.
-
-    Args:
-        language: language code of the audio; null for English-only models.
-        task: transcribe, or translate into English.
-        batch_size: clips decoded together.
-        max_new_tokens: longest transcript in tokens; at most 444.
-        num_workers: processes that decode audio files; 0 decodes in the main process.
-        timestamps: put each segment between timestamps; `strip_timestamps` takes them out again.
-    """
-
-    language: str | None = "en"
-    task: Literal["transcribe", "translate"] = "transcribe"
-    batch_size: int = 16
-    max_new_tokens: int = 224
-    num_workers: int = 0
-    timestamps: bool = False
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {self.batch_size}")
-        if not 1 <= self.max_new_tokens <= 444:
-            raise ValueError(
-                f"max_new_tokens must be 1 to 444 (Whisper's context less its prefix), got {self.max_new_tokens}"
-            )
 
 
 def label_manifest(
@@ -70,13 +43,16 @@ def label_manifest(
     pack: bool = False,
     max_skipped_fraction: float = 0.01,
     device: torch.device | str | None = None,
+    engine: Engine = "local",
+    num_actors: int | None = None,
 ) -> LabelStore:
     """Transcribe a manifest with a Whisper and keep what it says, carrying on where an earlier call stopped.
 
     A row holds `id, duration_seconds, text, token_ids, mean_logprob, compression_ratio, no_speech_prob, finished,
-    compute_seconds`; with "encoder_states" the store also has the last encoder states, (frames, dim), float16. With
-    `pack`, clips are joined to windows of up to 30 s: `id` and `previous_id` are those of `pack_manifest`, and `parts`
-    holds `id, start_seconds, duration_seconds` of the clips.
+    compute_seconds`; with "encoder_states" the store also has the last encoder states, (frames, dim), float16, with
+    "topk" the teacher's likeliest ids at each token of its label, to be read by `topk_records.read_topk`. With `pack`,
+    clips are joined to windows of up to 30 s: `id` and `previous_id` are those of `pack_manifest`, and `parts` holds
+    `id, start_seconds, duration_seconds` of the clips.
 
     Args:
         model_name: Hub id, folder or `bundled:<name>`.
@@ -87,28 +63,43 @@ def label_manifest(
         pack: label windows of joined clips, a third of the work for clips of 8 s; each clip is decoded once more
             beforehand, so that a bad one does not take its neighbours along.
         max_skipped_fraction: share of clips that may be undecodable, 0 to 1.
-        device: where the model runs; by default CUDA if there is one.
+        device: where the model runs; by default CUDA if there is one. Workers on Ray choose it themselves.
+        engine: "local" is this process, "ray" many workers and machines; each can go on with what the other began.
+        num_actors: workers on Ray; None takes one for each GPU, or else one for each machine.
 
     Returns:
         The finished store.
 
     Raises:
         ManifestError, LabelStoreError, AudioError: see their modules.
+        ValueError: a language that the teacher does not know, or Ray is not installed.
         Preempted: SIGTERM came; the batches before it are stored.
     """
+    if engine == "local" and num_actors is not None:
+        raise ValueError(f"num_actors={num_actors} is for engine ray; leave it out, or pass --engine ray")
     output_dir = Path(output_dir)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     manifest = read_utterances(manifest_path)
+    label: Callable[[Manifest, list[int], LabelStore, float], None]
     with folder_lock(output_dir):
-        model = load_whisper(model_name, device=device)
-        store = create_store(output_dir, store_header(model_name, model, targets, decoding, pack))
+        if engine == "ray":
+            from speechkd.labels.ray_engine import RayWorkers  # Ray is optional
+
+            workers = RayWorkers(model_name, decoding, num_actors)
+            header = workers.header(targets, pack)
+            label = workers.label
+        else:
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            model = load_whisper(model_name, device=device)
+            label = partial(_label, Labeller(model_name, model, decoding))
+            header = store_header(model_name, model, targets, decoding, pack)
+        store = create_store(output_dir, header)  # after all that refuses a wrong language
         if pack:
-            manifest = _packed(manifest, output_dir, decoding.num_workers, max_skipped_fraction)
-        pending = _pending(manifest, store)
+            manifest = pack_usable(manifest, output_dir, decoding.num_workers, max_skipped_fraction)
+        pending = pending_positions(manifest, store)
         if not pending:
             logger.info("%s already holds all %d utterances of %s", output_dir, len(manifest), manifest_path)
         else:
-            _label(model_name, model, manifest, pending, store, decoding, max_skipped_fraction)
+            label(manifest, pending, store, max_skipped_fraction)
     return store
 
 
@@ -140,10 +131,17 @@ def store_header(
             "shape": [frames, dim],
             "bytes_per_frame": 2 * dim,
         }
+    if "topk" in targets:
+        header["topk"] = topk_header(TOPK, model.config.vocab_size)
     return header
 
 
-def _packed(manifest: Manifest, output_dir: Path, num_workers: int, max_skipped_fraction: float) -> PackedManifest:
+def pack_usable(manifest: Manifest, output_dir: Path, num_workers: int, max_skipped_fraction: float) -> PackedManifest:
+    """Packs of the clips that can be decoded; the others are named in `skipped.jsonl` of the output folder.
+
+    Raises:
+        AudioError: too many cannot.
+    """
     usable = usable_clips(
         manifest,
         output_dir,
@@ -156,8 +154,12 @@ def _packed(manifest: Manifest, output_dir: Path, num_workers: int, max_skipped_
     return packed
 
 
-def _pending(manifest: Manifest, store: LabelStore) -> list[int]:
-    """Positions without a row yet. A stored row of other audio under the same id is refused."""
+def pending_positions(manifest: Manifest, store: LabelStore) -> list[int]:
+    """Positions without a row yet, longest first, so that memory runs out at the start or not at all.
+
+    Raises:
+        LabelStoreError: the store holds an id with another duration, so with other audio.
+    """
     labelled = {row["id"]: row["duration_seconds"] for row in store.rows()}
     pending = []
     for index, (key, seconds) in enumerate(zip(manifest.ids, manifest.durations_seconds, strict=True)):
@@ -168,117 +170,95 @@ def _pending(manifest: Manifest, store: LabelStore) -> list[int]:
                 f"{store.folder} holds utterance {key!r} of {labelled[key]:.2f} s, the manifest has {seconds:.2f} s; "
                 "the labels belong to other audio, choose another output folder"
             )
-    return pending
+    return length_sorted(manifest, pending)[::-1]
 
 
 def _label(
-    model_name: str,
-    model: WhisperForConditionalGeneration,
-    manifest: Manifest,
-    pending: list[int],
-    store: LabelStore,
-    decoding: DecodingConfig,
-    max_skipped_fraction: float,
+    labeller: Labeller, manifest: Manifest, pending: list[int], store: LabelStore, max_skipped_fraction: float
 ) -> None:
-    tokenizer = load_processor(model_name).tokenizer
-    tokens = WhisperTokens.from_tokenizer(tokenizer, language=decoding.language, task=decoding.task)
-    log_mel = WhisperLogMel(model.config.num_mel_bins).to(model.device)
-    keep_states = "encoder_states" in store.header["targets"]
-    if keep_states:
-        num_bytes = 2 * model.config.max_source_positions * model.config.d_model
+    targets = store.header["targets"]  # of an earlier call, they may be more
+    if "encoder_states" in targets:
+        num_bytes = 2 * labeller.model.config.max_source_positions * labeller.model.config.d_model
         logger.info("encoder states: %s bytes a clip, %.2f GB in all", f"{num_bytes:,}", len(pending) * num_bytes / 1e9)
     batches = clip_batches(
         manifest,
-        length_sorted(manifest, pending),
+        pending,
         sample_rate_hz=SAMPLE_RATE_HZ,
-        batch_size=decoding.batch_size,
-        num_workers=decoding.num_workers,
-        device=model.device,
+        batch_size=labeller.num_clips,
+        num_workers=labeller.decoding.num_workers,
+        device=labeller.model.device,
     )
-    rows: list[dict[str, Any]] = []
-    arrays: dict[str, torch.Tensor] = {}
-    skipped: list[dict[str, Any]] = []
-    hours = manifest.durations_seconds / 3600
-    started = last_write = time.monotonic()
-    warm = False
-    with (
-        sigterm_requests() as termination,
-        _progress_bar(float(hours.sum()), float(hours.sum() - hours[pending].sum())) as bar,
-    ):
+    with sigterm_requests() as termination, ShardWriter(store, manifest, pending, max_skipped_fraction) as writer:
         for batch in batches:
-            skipped += batch.skipped
-            if batch.utterances:
-                if not warm:  # the first pass pays for loading and kernel selection; its time is not kept
-                    first = ClipBatch(batch.utterances[:1], batch.waveforms[:1])
-                    _label_batch(model, log_mel, first, tokens, tokenizer, decoding)
-                    warm = True
-                new_rows, states = _label_batch(model, log_mel, batch, tokens, tokenizer, decoding)
-                rows += new_rows
-                if keep_states:
-                    arrays.update({row["id"]: state for row, state in zip(new_rows, states.half().cpu(), strict=True)})
-            is_due = len(rows) >= SHARD_UTTERANCES or time.monotonic() - last_write > SHARD_SECONDS
-            if rows and (is_due or termination.received):
-                store.write_shard(rows, arrays)
-                rows, arrays, last_write = [], {}, time.monotonic()
-            bar.update(sum(utterance["duration_seconds"] for utterance in batch.utterances) / 3600)
-            bar.set_postfix_str(f"{(bar.n - bar.initial) / (time.monotonic() - started):.5f} audio-h/s")
+            rows, arrays = labeller.label(batch, targets)
+            writer.add(rows, arrays, batch.skipped, write_now=termination.received)
             if termination.received:
                 raise Preempted(f"stopped by SIGTERM; what is labelled is in {store.folder}, the same command resumes")
-    if rows:
-        store.write_shard(rows, arrays)
-    if skipped or not isinstance(manifest, PackedManifest):  # else skipped.jsonl names the clips that were not packed
-        report_skipped(skipped, len(manifest), store.folder, max_skipped_fraction)
 
 
-def _label_batch(
-    model: WhisperForConditionalGeneration,
-    log_mel: WhisperLogMel,
-    batch: ClipBatch,
-    tokens: WhisperTokens,
-    tokenizer: Any,
-    decoding: DecodingConfig,
-) -> tuple[list[dict[str, Any]], torch.Tensor]:
-    """Rows and encoder states, (batch, frames, dim), of one batch; `compute_seconds` is shared evenly by its clips."""
-    started = _synchronized_time(model.device)
-    with torch.no_grad():
-        states = model.model.encoder(log_mel(batch.waveforms).to(model.dtype)).last_hidden_state
-    decoded = greedy_decode(
-        model,
-        states,
-        tokens,
-        language=decoding.language,
-        task=decoding.task,
-        max_new_tokens=decoding.max_new_tokens,
-        timestamps=decoding.timestamps,
-    )
-    seconds = (_synchronized_time(model.device) - started) / len(decoded)
-    rows = []
-    for utterance, result in zip(batch.utterances, decoded, strict=True):
-        text = tokenizer.decode(result.token_ids, skip_special_tokens=True).strip()
-        rows.append(
-            {
-                "id": utterance["id"],
-                "duration_seconds": utterance["duration_seconds"],
-                "text": text,
-                "token_ids": result.token_ids,
-                "mean_logprob": result.mean_logprob,
-                "compression_ratio": compression_ratio(text),
-                "no_speech_prob": result.no_speech_prob,
-                "finished": result.finished,
-                "compute_seconds": seconds,
-            }
-        )
-        if "parts" in utterance:
-            names = ("id", "start_seconds", "duration_seconds")
-            parts = [{name: part[name] for name in names} for part in utterance["parts"]]
-            rows[-1] |= {"previous_id": utterance["previous_id"], "parts": parts}
-    return rows, states
+class ShardWriter:
+    """Takes rows as they come, commits them shard by shard, and shows progress; a context manager.
 
+    Where its block ends without an error, the rest is written and skipped clips are reported.
 
-def _synchronized_time(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    Args:
+        store: where shards go.
+        manifest: all utterances.
+        pending: positions of those that are to come.
+        max_skipped_fraction: share of clips that may be undecodable, 0 to 1.
+    """
+
+    def __init__(self, store: LabelStore, manifest: Manifest, pending: list[int], max_skipped_fraction: float) -> None:
+        self.store, self.manifest, self.max_skipped_fraction = store, manifest, max_skipped_fraction
+        self.rows: list[dict[str, Any]] = []
+        self.arrays: dict[str, torch.Tensor] = {}
+        self.skipped: list[dict[str, Any]] = []
+        hours = manifest.durations_seconds / 3600
+        self.bar = _progress_bar(float(hours.sum()), float(hours.sum() - hours[pending].sum()))
+        self.started = self.last_write = time.monotonic()
+
+    def add(
+        self,
+        rows: list[dict[str, Any]],
+        arrays: dict[str, torch.Tensor],
+        skipped: list[dict[str, Any]],
+        *,
+        write_now: bool = False,
+    ) -> None:
+        """Take one batch.
+
+        Args:
+            rows: of its labelled clips.
+            arrays: by id; empty where the store keeps none.
+            skipped: rows of `skipped.jsonl`.
+            write_now: commit without waiting for a full shard.
+        """
+        self.rows += rows
+        self.arrays |= arrays
+        self.skipped += skipped
+        is_due = len(self.rows) >= SHARD_UTTERANCES or time.monotonic() - self.last_write > SHARD_SECONDS
+        if self.rows and (is_due or write_now):
+            self._write()
+        self.bar.update(sum(row["duration_seconds"] for row in rows) / 3600)
+        audio_hours = (self.bar.n - self.bar.initial) / (time.monotonic() - self.started)
+        self.bar.set_postfix_str(f"{audio_hours:.5f} audio-h/s")
+
+    def _write(self) -> None:
+        self.store.write_shard(self.rows, self.arrays)
+        self.rows, self.arrays, self.last_write = [], {}, time.monotonic()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self.bar.close()
+        if error_type is not None:
+            return
+        if self.rows:
+            self._write()
+        # of packs, skipped.jsonl names the clips that were left out before
+        if self.skipped or not isinstance(self.manifest, PackedManifest):
+            report_skipped(self.skipped, len(self.manifest), self.store.folder, self.max_skipped_fraction)
 
 
 def _progress_bar(total_hours: float, done_hours: float) -> tqdm:

@@ -52,8 +52,12 @@ class LabelStore:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All finished rows, in the order they were written."""
-        for path in sorted(self.folder.glob("shard-*.jsonl")):
+        for path in self.row_files():
             yield from read_jsonl(path)
+
+    def row_files(self) -> list[Path]:
+        """The shards' rows, in the order they were written."""
+        return sorted(self.folder.glob("shard-*.jsonl"), key=_shard_number)
 
     def array(self, utterance_id: str) -> Tensor:
         """The array of one utterance, memory-mapped.
@@ -87,12 +91,19 @@ class LabelStore:
             rows: one dict an utterance, with its `id`.
             arrays: utterance id to array; empty where the store keeps none.
         """
-        number = len(list(self.folder.glob("shard-*.jsonl")))
+        # not their count: where a shard was removed by hand, that would be the name of another
+        number = max(map(_shard_number, self.row_files()), default=-1) + 1
         name = self.folder / f"shard-{number:05d}"
         if arrays:
             with atomic_write(name.with_suffix(".safetensors")) as temporary:
                 save_file({key: array.contiguous() for key, array in arrays.items()}, temporary)
         write_jsonl(name.with_suffix(".jsonl"), rows)
+
+
+def _shard_number(path: Path) -> int:
+    """The number in a shard's name; -1 of a file that somebody else put there."""
+    number = path.stem.removeprefix("shard-")
+    return int(number) if number.isdecimal() else -1
 
 
 def create_store(folder: str | Path, header: dict[str, Any]) -> LabelStore:

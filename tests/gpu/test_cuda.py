@@ -22,8 +22,8 @@ def test_features_on_the_device_equal_those_of_the_cpu():
 
 def test_greedy_labels_on_the_device_equal_those_of_the_cpu():
     model, states = tiny_whisper(decoder_layers=2), torch.randn(3, 1500, 16)
-    on_cpu = greedy_decode(model, states, TOKENS, language=None, max_new_tokens=8)
-    on_cuda = greedy_decode(model.cuda(), states.cuda(), TOKENS, language=None, max_new_tokens=8)
+    on_cpu = greedy_decode(model, states, TOKENS, max_new_tokens=8)
+    on_cuda = greedy_decode(model.cuda(), states.cuda(), TOKENS, max_new_tokens=8)
     assert [result.token_ids for result in on_cpu] == [result.token_ids for result in on_cuda]
 
 
