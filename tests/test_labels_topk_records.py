@@ -1,8 +1,19 @@
 import pytest
 import torch
+from conftest import TOKENS, tiny_whisper
 
+from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, create_store
-from speechkd.labels.topk_records import bytes_per_token, decode_topk, encode_topk, read_topk, topk_header
+from speechkd.labels.topk_labels import topk_of_labels
+from speechkd.labels.topk_records import (
+    bytes_per_token,
+    collate_topk,
+    decode_topk,
+    encode_topk,
+    read_topk,
+    topk_header,
+    topk_key,
+)
 from speechkd.losses.sparse import TopK, topk_divergence, topk_targets
 
 WHISPER, LARGE = 51_865, 151_936
@@ -21,7 +32,8 @@ def written_store(folder, vocabulary=40, k=3):
     header = {"teacher": TEACHER, "targets": ["text", "topk"], "topk": topk_header(k, vocabulary)}
     store = create_store(folder, header)
     targets = {key: topk_targets(zipf_logits(6 + n, vocabulary, seed=n)[1], k) for n, key in enumerate(("a", "b"))}
-    store.write_shard([{"id": key} for key in targets], {key: encode_topk(targets[key], vocabulary) for key in targets})
+    records = {topk_key(key): encode_topk(targets[key], vocabulary) for key in targets}
+    store.write_shard([{"id": key} for key in targets], records)
     return LabelStore(folder), targets
 
 
@@ -103,7 +115,7 @@ def test_stores_without_the_targets_say_so(tmp_path):
 
 def test_damaged_records_are_refused_with_their_utterance(tmp_path):
     store, _ = written_store(tmp_path / "labels")
-    store.write_shard([{"id": "cut"}], {"cut": store.array("a")[:, :-1]})
+    store.write_shard([{"id": "cut"}], {topk_key("cut"): store.array(topk_key("a"))[:, :-1]})
     with pytest.raises(LabelStoreError, match=r"utterance 'cut': top-k records are \(6, 15\) .* \(tokens, 16\)"):
         read_topk(LabelStore(store.folder), "cut")
 
@@ -134,3 +146,45 @@ def test_targets_that_cannot_be_stored_are_refused():
     for k in (0, 41):
         with pytest.raises(ValueError, match=f"k must be 1 to the vocabulary of 40 ids, got {k}"):
             bytes_per_token(k, 40)
+
+
+def test_a_labels_targets_are_what_the_teacher_expects_after_each_of_its_tokens():
+    model, states = tiny_whisper(decoder_layers=2), torch.randn(2, 1500, 16)
+    labels = [[*TOKENS.prefix, 400, 401, TOKENS.end_of_text], [*TOKENS.prefix, TOKENS.end_of_text]]
+    together = topk_of_labels(model, states, labels, TOKENS, 5)
+    for row, (label, records) in enumerate(zip(labels, together, strict=True)):
+        inputs = {"encoder_outputs": (states[row : row + 1],), "decoder_input_ids": torch.tensor([label[:-1]])}
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits[0]
+        expected, found = topk_targets(logits, 5), decode_topk(records, 5, WHISPER)
+        assert len(found.ids) == len(label) - 1
+        assert torch.equal(found.ids, expected.ids)
+        torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found.log_tail, expected.log_tail, rtol=1e-4, atol=1e-4)
+
+
+def test_a_store_keeps_targets_beside_encoder_states(tiny_teacher, tone_manifest, tmp_path):
+    targets, decoding = ("text", "encoder_states", "topk"), DecodingConfig(max_new_tokens=6)
+    store = label_manifest(tiny_teacher, tone_manifest, tmp_path / "labels", decoding=decoding, targets=targets)
+    for row in store.rows():
+        assert store.array(row["id"]).shape == (1500, 16)
+        assert read_topk(store, row["id"]).ids.shape == (len(row["token_ids"]) - 1, 32)
+    assert store.header["topk"] == {"k": 32, "vocabulary": WHISPER, "temperature": 1.0, "bytes_per_token": 132}
+
+
+def test_workers_on_ray_refuse_targets_that_they_would_lose(tiny_teacher, tone_manifest, tmp_path):
+    decoding = DecodingConfig(max_new_tokens=6)
+    with pytest.raises(ValueError, match="Ray do not send top-k targets; label with --engine local"):
+        label_manifest(
+            tiny_teacher, tone_manifest, tmp_path / "labels", decoding=decoding, targets=("topk",), engine="ray"
+        )
+
+
+def test_a_batch_of_targets_is_padded_like_its_labels():
+    first, second = topk_targets(torch.randn(3, 40), 2), topk_targets(torch.randn(5, 40), 2)
+    batch = collate_topk([first, second], [4, 6], 7)
+    assert batch["topk_ids"].shape == batch["topk_log_probs"].shape == (2, 7, 2)
+    assert torch.equal(batch["topk_ids"][0, :3], first.ids) and not batch["topk_ids"][0, 3:].any()
+    assert torch.equal(batch["topk_log_tail"][1, :5], second.log_tail)
+    with pytest.raises(ValueError, match="utterance 1 of the batch has top-k targets of 5 tokens for a label of 8"):
+        collate_topk([first, second], [4, 8], 7)

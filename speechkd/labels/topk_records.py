@@ -7,10 +7,11 @@ most, and by less for likelier ids: this moves the divergence of a token by some
 thousands by less than 1e-6.
 
     header["topk"] = topk_header(k, vocabulary)
-    store.write_shard(rows, {utterance_id: encode_topk(topk_targets(logits, k), vocabulary)})
+    store.write_shard(rows, {topk_key(utterance_id): encode_topk(topk_targets(logits, k), vocabulary)})
     targets = read_topk(store, utterance_id)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ from speechkd.labels.teacher_cache import LabelStore, LabelStoreError
 from speechkd.losses.sparse import TopK, check_ids, check_k, check_targets
 
 UINT16_VOCABULARY = 65_536
+TOPK_PREFIX = "topk/"
+
+
+def topk_key(utterance_id: str) -> str:
+    """Under which a store keeps the records of an utterance; its encoder states are under the id itself."""
+    return f"{TOPK_PREFIX}{utterance_id}"
 
 
 def bytes_per_token(k: int, vocabulary: int) -> int:
@@ -102,19 +109,29 @@ def decode_topk(records: Tensor, k: int, vocabulary: int) -> TopK:
     return TopK(ids, log_probs, log_tail)
 
 
+def topk_settings(store: LabelStore) -> dict[str, Any]:
+    """What `topk_header` wrote.
+
+    Raises:
+        LabelStoreError: the store keeps no top-k targets.
+    """
+    if "topk" not in store.header:
+        raise LabelStoreError(
+            f"label store {store.folder} keeps no top-k targets; its targets: {store.header['targets']}. Label its "
+            "manifest with `speechkd label --targets text topk` into another folder"
+        )
+    return store.header["topk"]
+
+
 def read_topk(store: LabelStore, utterance_id: str) -> TopK:
     """Targets of one utterance, (tokens, k).
 
     Raises:
         LabelStoreError: the store keeps no top-k targets, none of this utterance, or damaged ones.
     """
-    header = store.header.get("topk")
-    if header is None:
-        raise LabelStoreError(
-            f"label store {store.folder} keeps no top-k targets; its targets: {store.header['targets']}"
-        )
+    header = topk_settings(store)
     try:
-        records = store.array(utterance_id)
+        records = store.array(topk_key(utterance_id))
     except LabelStoreError as error:
         raise LabelStoreError(
             f"label store {store.folder} holds no top-k targets of utterance {utterance_id!r}; label its manifest"
@@ -123,6 +140,36 @@ def read_topk(store: LabelStore, utterance_id: str) -> TopK:
         return decode_topk(records, header["k"], header["vocabulary"])
     except ValueError as error:
         raise LabelStoreError(f"label store {store.folder}, utterance {utterance_id!r}: {error}") from error
+
+
+def collate_topk(targets: Sequence[TopK], num_tokens: Sequence[int], width: int) -> dict[str, Tensor]:
+    """Targets of a batch, padded on the right like its labels.
+
+    Args:
+        targets: of each utterance, (tokens, k).
+        num_tokens: length of each label, whose first token is no target.
+        width: to pad to.
+
+    Returns:
+        `topk_ids` and `topk_log_probs`, (batch, width, k), and `topk_log_tail`, (batch, width); padding is 0.
+
+    Raises:
+        ValueError: an utterance has another number of targets than its label.
+    """
+    for row, (target, length) in enumerate(zip(targets, num_tokens, strict=True)):
+        if len(target.ids) != length - 1:
+            raise ValueError(
+                f"utterance {row} of the batch has top-k targets of {len(target.ids)} tokens for a label of {length}, "
+                "whose first has none: they are of another label. Train on labels as they are stored, or set "
+                "teacher.stored_topk=false"
+            )
+    k = targets[0].ids.shape[-1]
+    ids = torch.zeros(len(targets), width, k, dtype=torch.int64)
+    log_probs, log_tail = torch.zeros(len(targets), width, k), torch.zeros(len(targets), width)
+    for row, target in enumerate(targets):
+        length = len(target.ids)
+        ids[row, :length], log_probs[row, :length], log_tail[row, :length] = target
+    return {"topk_ids": ids, "topk_log_probs": log_probs, "topk_log_tail": log_tail}
 
 
 def _record_dtype(k: int, vocabulary: int) -> np.dtype:
