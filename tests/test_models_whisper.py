@@ -5,11 +5,13 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from speechkd.models.whisper import (
     choose_layers,
+    decoder_layer_states,
     decoder_states,
     encoders_equal,
     freeze_student,
     greedy_decode,
     resolve_layers,
+    sample_tokens,
     student_from_teacher,
 )
 
@@ -136,12 +138,12 @@ def test_alignment_heads_never_point_at_a_missing_layer():
 def test_mean_logprob_is_that_of_the_decoded_tokens():
     model = tiny_whisper(decoder_layers=1)
     states = torch.randn(2, 1500, 16)
-    decoded = greedy_decode(model, states, TOKENS, language=None, max_new_tokens=5)
+    decoded = greedy_decode(model, states, TOKENS, max_new_tokens=5)
     for row, result in enumerate(decoded):
         text_ids = result.token_ids[len(TOKENS.prefix) :]
-        inputs = torch.tensor([[model.generation_config.decoder_start_token_id or 50258, *text_ids]])
+        inputs = torch.tensor([result.token_ids[:-1]])
         with torch.no_grad():
-            logits = model(encoder_outputs=(states[row : row + 1],), decoder_input_ids=inputs).logits[0, :-1]
+            logits = model(encoder_outputs=(states[row : row + 1],), decoder_input_ids=inputs).logits[0, 3:]
         logits[:, TOKENS.no_timestamps + 1 :] = -torch.inf  # no timestamps were asked for
         expected = logits.log_softmax(-1).gather(1, torch.tensor(text_ids)[:, None]).mean().item()
         assert result.mean_logprob == pytest.approx(expected, abs=1e-4)
@@ -158,5 +160,77 @@ def test_a_student_that_wants_to_emit_timestamps_is_kept_to_text():
     with torch.no_grad():
         favourite = model(encoder_outputs=(states,), decoder_input_ids=start).logits[:, -1].argmax(dim=-1)
     assert (favourite > TOKENS.no_timestamps).all()
-    for result in greedy_decode(model, states, TOKENS, language=None, max_new_tokens=4):
+    for result in greedy_decode(model, states, TOKENS, max_new_tokens=4):
         assert max(result.token_ids) <= TOKENS.no_timestamps
+
+
+def test_listed_encoder_layers_are_the_ones_that_are_kept():
+    teacher = tiny_whisper(decoder_layers=2)
+    student = student_from_teacher(teacher, encoder_layers_numbers=[-1])
+    kept, source = student.model.encoder.layers, teacher.model.encoder.layers[1]
+    assert len(kept) == student.config.encoder_layers == student.config.num_hidden_layers == 1
+    assert all(torch.equal(weight, source.state_dict()[name]) for name, weight in kept[0].state_dict().items())
+    with pytest.raises(ValueError, match=r"layers \[2\] must name different layers of a teacher of 2"):
+        student_from_teacher(teacher, encoder_layers_numbers=[2])
+
+
+def test_a_frozen_decoder_leaves_the_embedding_that_is_the_head_too():
+    student = tiny_whisper(decoder_layers=2)
+    freeze_student(student, decoder=True)
+    assert [name for name, weight in student.named_parameters() if weight.requires_grad] == [
+        "model.decoder.embed_tokens.weight"
+    ]
+    freeze_student(student := tiny_whisper(decoder_layers=1), encoder=False, embed_positions=False)
+    assert all(weight.requires_grad for name, weight in student.named_parameters() if "encoder.embed" not in name)
+
+
+def test_layer_states_are_those_that_the_model_reports():
+    model = tiny_whisper(decoder_layers=3)
+    inputs = {
+        "encoder_outputs": (torch.randn(2, 1500, 16),),
+        "decoder_input_ids": torch.tensor([[50258, 50259]] * 2),
+    }
+    with torch.no_grad():
+        states, head, layers = decoder_layer_states(model, [1, 3], **inputs)
+        output = model(**inputs, output_hidden_states=True, use_cache=False)
+    assert layers.shape == (2, 2, 2, 16)
+    torch.testing.assert_close(layers[:, 0], output.decoder_hidden_states[1])
+    torch.testing.assert_close(layers[:, 1], states)
+    torch.testing.assert_close(states @ head.T, output.logits)
+
+
+def test_samples_follow_the_models_distribution_and_stop_at_the_end_of_text():
+    model, states = tiny_whisper(decoder_layers=1), torch.randn(1, 3, 16)
+    favourites = torch.tensor([7, 9, TOKENS.end_of_text])
+    prompt = torch.tensor([TOKENS.prefix])
+    with torch.no_grad():
+        model.proj_out.weight.zero_()
+        # the same state at every position, and three ids of logits log 6, log 3 and log 1, far above all others
+        model.model.decoder.layer_norm.weight.zero_()
+        model.model.decoder.layer_norm.bias.fill_(1.0)
+        model.proj_out.weight[:] = -50 / 16
+        model.proj_out.weight[favourites] = torch.tensor([6.0, 3.0, 1.0]).log()[:, None] / 16
+    many = {"encoder_states": states.expand(300, -1, -1), "prompt": prompt.expand(300, -1)}
+    generator = torch.Generator().manual_seed(0)
+    ids = sample_tokens(model, **many, end_of_text=TOKENS.end_of_text, max_new_tokens=2, generator=generator)
+    assert (ids[:, :4] == prompt).all() and ids.shape == (300, 6)
+    shares = [(ids[:, 4] == token).float().mean().item() for token in favourites]
+    assert shares == pytest.approx([0.6, 0.3, 0.1], abs=0.07)
+    ended = (ids[:, 4:] == TOKENS.end_of_text).int().cumsum(dim=1) > 0
+    assert (ids[:, 4:][ended] == TOKENS.end_of_text).all()
+    greedy = sample_tokens(
+        model.train(), states, prompt, end_of_text=TOKENS.end_of_text, max_new_tokens=3, temperature=0
+    )
+    assert greedy[0, 4:].tolist() == [7, 7, 7]
+    assert model.model.decoder.training  # as before
+
+
+def test_greedy_samples_of_a_batch_are_those_of_full_passes():
+    model, states = tiny_whisper(decoder_layers=2), torch.randn(2, 1500, 16)
+    ids = prompt = torch.tensor([TOKENS.prefix] * 2)
+    for _ in range(4):
+        with torch.no_grad():
+            logits = model(encoder_outputs=(states,), decoder_input_ids=ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    found = sample_tokens(model, states, prompt, end_of_text=TOKENS.end_of_text, max_new_tokens=4, temperature=0)
+    assert torch.equal(found, ids)

@@ -1,6 +1,7 @@
 """Whisper students: fewer layers of a teacher, copied, and what is needed to run them."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +10,16 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
-from transformers.modeling_outputs import BaseModelOutput
 
 from speechkd.data.collate import WhisperTokens
+from speechkd.losses.layers import stack_layers
+from speechkd.models.greedy import greedy_tokens
 
 
 def choose_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]:
@@ -71,21 +73,23 @@ def student_from_teacher(
     decoder_layers: int | None = 2,
     encoder_layers: int | None = None,
     decoder_layers_numbers: list[int] | None = None,
+    encoder_layers_numbers: list[int] | None = None,
 ) -> WhisperForConditionalGeneration:
     """A student that copies everything but the dropped layers; nothing is randomly initialised.
 
     Args:
         teacher: any Whisper.
         decoder_layers: kept decoder layers; None keeps all, or as many as are listed.
-        encoder_layers: kept encoder layers; None keeps all.
-        decoder_layers_numbers: which decoder layers, instead of the rule of `choose_layers`.
+        encoder_layers: kept encoder layers; None keeps all, or as many as are listed.
+        decoder_layers_numbers: which decoder layers, instead of the rule of `choose_layers`; see `resolve_layers`.
+        encoder_layers_numbers: likewise which encoder layers.
 
     Returns:
         The student in float32, with a generation config that fits its depth.
     """
     config: WhisperConfig = copy.deepcopy(teacher.config)
     decoder_kept = resolve_layers(config.decoder_layers, decoder_layers, decoder_layers_numbers)
-    encoder_kept = resolve_layers(config.encoder_layers, encoder_layers, None)
+    encoder_kept = resolve_layers(config.encoder_layers, encoder_layers, encoder_layers_numbers)
     config.decoder_layers, config.encoder_layers = len(decoder_kept), len(encoder_kept)
     config.num_hidden_layers = len(encoder_kept)
     config.dtype = torch.float32
@@ -138,11 +142,25 @@ def student_generation_config(teacher: WhisperForConditionalGeneration, decoder_
 
 
 def freeze_student(
-    student: WhisperForConditionalGeneration, *, encoder: bool = True, embed_positions: bool = True
+    student: WhisperForConditionalGeneration,
+    *,
+    encoder: bool = True,
+    decoder: bool = False,
+    embed_positions: bool = True,
 ) -> None:
-    """Stop gradients into the encoder and the decoder's positions; both then stay exactly the teacher's."""
+    """Stop gradients into parts of a student, which then stay exactly the teacher's.
+
+    Args:
+        student: changed in place.
+        encoder: the whole encoder.
+        decoder: the decoder but for the token embedding, which is the output head too.
+        embed_positions: the decoder's positions.
+    """
     if encoder:
         student.model.encoder.requires_grad_(False).eval()
+    if decoder:
+        student.model.decoder.requires_grad_(False)
+        student.get_output_embeddings().requires_grad_(True)
     if embed_positions:
         student.model.decoder.embed_positions.requires_grad_(False)
 
@@ -165,12 +183,81 @@ def decoder_states(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
     Returns:
         Last decoder states, (batch, length, dim), and the head's weight, (vocabulary, dim).
     """
+    output, weight = _without_head(model, **inputs)
+    return output.logits, weight
+
+
+def decoder_layer_states(model: nn.Module, layers: Sequence[int], **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What `decoder_states` gives, and the outputs of some decoder layers.
+
+    Args:
+        model: a Whisper, wrapped or not.
+        layers: 1 is the first layer; the last one's output comes after the decoder's final norm.
+        inputs: of its forward pass.
+
+    Returns:
+        Last decoder states, the head's weight, and (batch, layers, length, dim).
+    """
+    output, weight = _without_head(model, **inputs, output_hidden_states=True)
+    return output.logits, weight, stack_layers(output.decoder_hidden_states, layers)
+
+
+def _without_head(model: nn.Module, **inputs: Any) -> tuple[Any, Tensor]:
     head = extract_model_from_parallel(model).get_output_embeddings()
     head.forward = lambda states: states
     try:
-        return model(**inputs, use_cache=False).logits, head.weight
+        return model(**inputs, use_cache=False), head.weight
     finally:
         del head.forward
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: WhisperForConditionalGeneration,
+    encoder_states: Tensor,
+    prompt: Tensor,
+    *,
+    end_of_text: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """What a model itself writes, without any suppression rule: draws from the distribution that is trained.
+
+    Args:
+        model: teacher or student.
+        encoder_states: last hidden states of the encoder, (batch, frames, dim).
+        prompt: ids to continue, (batch, length), int64, without padding.
+        end_of_text: ends a row, which then repeats it until all have ended.
+        max_new_tokens: limit of the continuation.
+        temperature: of the softmax; 0 takes the likeliest id.
+        generator: source of the draws, on the device of the states.
+
+    Returns:
+        Prompt and continuation, (batch, length + at most max_new_tokens), int64.
+    """
+    decoder, head = model.model.decoder, model.get_output_embeddings()
+    was_training = decoder.training
+    decoder.eval()  # dropout would draw from another model, and gradient checkpointing switches the caches off
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    ids = new_ids = prompt
+    has_ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
+    for _ in range(max_new_tokens):
+        states = decoder(
+            input_ids=new_ids, encoder_hidden_states=encoder_states, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        logits = head(states[:, -1]).float()
+        if temperature == 0:
+            new_ids = logits.argmax(dim=-1, keepdim=True)
+        else:
+            new_ids = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+        new_ids = new_ids.masked_fill(has_ended, end_of_text)
+        ids = torch.cat([ids, new_ids], dim=1)
+        has_ended |= new_ids == end_of_text
+        if has_ended.all():
+            break
+    decoder.train(was_training)
+    return ids
 
 
 @dataclass(frozen=True)
@@ -190,33 +277,11 @@ class Decoded:
     finished: bool
 
 
-class _GreedyLogprobs(LogitsProcessor):
-    """Records the log-probability of each step's most likely token; runs after all others.
-
-    Where no timestamps are asked for, it rules them out: a weak student may emit them all the same, on which
-    transformers would cut the clip and decode its rest again.
-    """
-
-    def __init__(self, no_timestamps: int, timestamps: bool) -> None:
-        self.no_timestamps, self.timestamps = no_timestamps, timestamps
-        self.steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self.timestamps:
-            scores = scores.clone()
-            scores[:, self.no_timestamps + 1 :] = -torch.inf
-        self.steps.append(scores.amax(dim=-1).float() - scores.float().logsumexp(dim=-1))
-        return scores
-
-
-@torch.no_grad()
 def greedy_decode(
     model: WhisperForConditionalGeneration,
     encoder_states: Tensor,
     tokens: WhisperTokens,
     *,
-    language: str | None = "en",
-    task: str = "transcribe",
     max_new_tokens: int = 224,
     timestamps: bool = False,
 ) -> list[Decoded]:
@@ -225,46 +290,20 @@ def greedy_decode(
     Args:
         model: teacher or student.
         encoder_states: last hidden states of the encoder, (batch, frames, dim).
-        tokens: of the model's vocabulary, for the same language and task.
-        language: language code; None for English-only models.
-        task: "transcribe" or "translate".
+        tokens: of the model's vocabulary; its prefix names language and task.
         max_new_tokens: limit of decoded tokens, end token included.
         timestamps: put each segment between timestamps, under Whisper's rules for them.
 
     Returns:
         One result per clip, in order.
     """
-    recorder = _GreedyLogprobs(tokens.no_timestamps, timestamps)
-    forced: dict[str, Any] = {} if language is None else {"language": language, "task": task}
     prefix = tokens.prefix[:-1] if timestamps else tokens.prefix
-    generated = model.generate(
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoder_states),
-        logits_processor=LogitsProcessorList([recorder]),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        return_timestamps=timestamps,
-        force_unique_generate_call=True,  # with timestamps, transformers would decode again from the last one on
-        return_dict_in_generate=True,
-        **forced,
-    )
-    sequences = generated.sequences[:, -len(recorder.steps) :]  # the prompt stands in front
-    logprobs = torch.stack(recorder.steps, dim=1).cpu()  # (batch, steps)
-    start = torch.full((len(encoder_states), 1), tokens.start_of_transcript, device=encoder_states.device)
-    first = model(encoder_outputs=(encoder_states,), decoder_input_ids=start, use_cache=False).logits[:, -1]
-    no_speech = first.float().softmax(dim=-1)[:, tokens.no_speech].tolist()
-    results = []
-    for row, ids in enumerate(sequences.tolist()):
-        text_ids = ids[: ids.index(tokens.end_of_text)] if tokens.end_of_text in ids else ids
-        finished = len(text_ids) < logprobs.shape[1]
-        num_scored = len(text_ids) + finished
-        end = [tokens.end_of_text] if finished else []
-        results.append(
-            Decoded(
-                token_ids=[*prefix, *text_ids, *end],
-                mean_logprob=logprobs[row, :num_scored].mean().item(),
-                no_speech_prob=no_speech[row],
-                finished=finished,
-            )
+    return [
+        Decoded(
+            token_ids=[*prefix, *result.token_ids],
+            mean_logprob=sum(result.logprobs) / len(result.logprobs),
+            no_speech_prob=result.no_speech_prob,
+            finished=result.token_ids[-1] == tokens.end_of_text,
         )
-    return results
+        for result in greedy_tokens(model, encoder_states, tokens, max_new_tokens=max_new_tokens, timestamps=timestamps)
+    ]
