@@ -1,7 +1,7 @@
 import pytest
 from conftest import TOKENS
 
-from speechkd.data.collate import collate_labels, prepend_prompt, strip_timestamps
+from speechkd.data.collate import LabelDraws, collate_labels, draw_label, prepend_prompt, strip_timestamps
 
 A = [50258, 50259, 50359, 50363, 400, 401, 50257]
 B = [50361, 11, 12, *A]
@@ -55,3 +55,31 @@ def test_prompts_keep_what_fits(num_previous, num_label, num_prompt, total):
 
 def test_special_tokens_are_stripped_from_a_prompt():
     assert prepend_prompt([50258, 5, 50257], A, TOKENS) == [50361, 5, *A]
+
+
+def test_timestamps_of_a_prompt_stay_only_where_asked_for():
+    previous = [50258, 50259, 50359, 50364, 5, 50414, 50257]
+    assert prepend_prompt(previous, A, TOKENS) == [50361, 5, *A]
+    assert prepend_prompt(previous, A, TOKENS, keep_timestamps=True) == [50361, 50364, 5, 50414, *A]
+
+
+@pytest.mark.parametrize(
+    ("timestamps", "previous_text", "expected"),
+    [
+        (0, 0, A),
+        (1, 0, [50258, 50259, 50359, 50364, 400, 401, 50464, 50257]),
+        (0, 1, [50361, 5, *A]),
+        (1, 1, [50361, 50364, 5, 50414, 50258, 50259, 50359, 50364, 400, 401, 50464, 50257]),
+    ],
+)
+def test_a_label_is_drawn_with_or_without_timestamps_and_prompt(timestamps, previous_text, expected):
+    stamped = [50258, 50259, 50359, 50364, 400, 401, 50464, 50257]
+    draws = LabelDraws(timestamp_probability=timestamps, previous_text_probability=previous_text)
+    previous = [50258, 50259, 50359, 50364, 5, 50414, 50257]
+    for epoch in range(20):
+        assert draw_label(stamped, previous, TOKENS, draws, utterance_id="u", epoch=epoch) == expected
+
+
+def test_a_label_without_text_that_was_decoded_with_timestamps_says_that_it_has_none():
+    label = draw_label([50258, 50259, 50359, 50257], None, TOKENS, LabelDraws(1.0, 1.0), utterance_id="u", epoch=0)
+    assert label == [50258, 50259, 50359, 50363, 50257]

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader
 
-from speechkd.data.mixture import MixtureSampler, batch_counts
+from speechkd.data.manifest import read_manifest
+from speechkd.data.mixture import Mixture, MixtureSampler, batch_counts
 from speechkd.data.sampler import DurationBatchSampler
+from speechkd.data.whisper import WhisperTrainSet
 
 SIZES = (60, 25, 7)
 WEIGHTS = [1, 2, 0.5]
@@ -156,3 +158,11 @@ def test_a_state_of_another_mixture_is_refused():
         make_mixture(seed=4).load_state_dict(state)
     with pytest.raises(ValueError, match="position=9999, outside 0 to"):
         make_mixture().load_state_dict({**state, "position": 9999})
+
+
+def test_every_corpus_of_a_mixture_is_told_the_epoch(tone_manifest):
+    manifest = read_manifest(tone_manifest)
+    parts = [manifest.select(range(2)), manifest.select(range(2, 6))]
+    mixture = Mixture([WhisperTrainSet(part, [[1]] * len(part)) for part in parts])
+    mixture.set_epoch(3)
+    assert [mixture[index]["epoch"] for index in (0, 5)] == [3, 3] and mixture[5]["id"] == "tone-5"

@@ -272,3 +272,36 @@ def test_arguments_out_of_range_are_named(arguments, message):
 def test_a_buffer_too_small_for_the_buckets_is_refused():
     with pytest.raises(ValueError, match="buffer_size=5 is below 2 buckets x 4 processes; raise it to 8 or more"):
         StreamBatcher(np.array([1.0, 2.0]), 60.0, buffer_size=5, world_size=4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sort_keys_bring_like_together_in_as_many_equally_full_batches(world_size):
+    keys = np.random.default_rng(5).integers(5, 60, size=400)
+    durations, settings_of_all = np.full(400, 30.0), {"world_size": world_size, "seed": 2}
+    ranks = []
+    for rank in range(world_size):
+        plain = DurationBatchSampler(durations, 240.0, rank=rank, **settings_of_all)
+        by_key = DurationBatchSampler(durations, 240.0, rank=rank, sort_keys=keys, **settings_of_all)
+        ranks.append(list(by_key))
+        assert [len(batch) for batch in ranks[-1]] == [len(batch) for batch in plain]
+        padded = [sum(len(batch) * keys[batch].max() for batch in sampler) for sampler in (by_key, plain)]
+        assert padded[0] < 0.7 * padded[1]
+        by_key.set_epoch(1)
+        assert {frozenset(batch) for batch in by_key}.isdisjoint(map(frozenset, ranks[-1]))  # others meet
+    assert sorted(chain(*chain(*ranks))) == list(range(400))
+    for step in zip(*ranks, strict=True):
+        assert np.ptp([np.median(keys[batch]) for batch in step]) < 10  # no rank waits for a longer one
+
+
+def test_sorted_batches_go_on_where_an_epoch_was_left():
+    settings_of_all = {"sort_keys": np.arange(100) % 7, "seed": 4}
+    whole = DurationBatchSampler(np.full(100, 30.0), 120.0, **settings_of_all)
+    batches = list(whole)
+    resumed = DurationBatchSampler(np.full(100, 30.0), 120.0, **settings_of_all)
+    resumed.load_state_dict({**whole.state_dict(), "position": 10})
+    assert list(resumed) == batches[10:]
+
+
+def test_a_sort_key_for_each_utterance_is_needed():
+    with pytest.raises(ValueError, match="there are 3 durations and 2 sort_keys; give one each"):
+        DurationBatchSampler(np.ones(3), 2.0, sort_keys=np.ones(2))

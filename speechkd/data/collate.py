@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from speechkd.data.augment import utterance_random
+
 IGNORE_INDEX = -100
 MAX_LABEL_TOKENS = 448
 
@@ -88,8 +90,18 @@ def strip_timestamps(token_ids: Sequence[int], tokens: WhisperTokens) -> list[in
     return [*kept[:position], tokens.no_timestamps, *kept[position:]]
 
 
+def has_timestamps(token_ids: Sequence[int], tokens: WhisperTokens) -> bool:
+    """Whether a label has any timestamp."""
+    return any(token > tokens.no_timestamps for token in token_ids)
+
+
 def prepend_prompt(
-    previous_ids: Sequence[int], token_ids: Sequence[int], tokens: WhisperTokens, max_tokens: int = MAX_LABEL_TOKENS
+    previous_ids: Sequence[int],
+    token_ids: Sequence[int],
+    tokens: WhisperTokens,
+    max_tokens: int = MAX_LABEL_TOKENS,
+    *,
+    keep_timestamps: bool = False,
 ) -> list[int]:
     """Put the text of the previous segment before a label, as far as there is room.
 
@@ -101,16 +113,71 @@ def prepend_prompt(
         token_ids: a whole label.
         tokens: of the vocabulary.
         max_tokens: length of the decoder's context.
+        keep_timestamps: leave timestamps in the prompt, as a decoder that writes them finds them there.
 
     Returns:
         `<|startofprev|>`, prompt, label; or the label alone.
     """
-    prompt = [token for token in previous_ids if token < tokens.first_special]
+    prompt = [
+        token
+        for token in previous_ids
+        if token < tokens.first_special or (keep_timestamps and token > tokens.no_timestamps)
+    ]
     if len(prompt) > max_tokens // 2:
         prompt = prompt[-(max_tokens // 2 - 1) :]
     room = max_tokens - 1 - len(token_ids)
     prompt = prompt[-room:] if room > 0 else []
     return [tokens.start_of_prev, *prompt, *token_ids] if prompt else list(token_ids)
+
+
+@dataclass(frozen=True)
+class LabelDraws:
+    """What is drawn for each label in each epoch, as in the training code of Distil-Whisper.
+
+    Args:
+        timestamp_probability: how often a label that has timestamps keeps them.
+        previous_text_probability: how often the text before is the prompt.
+        seed: of the run.
+    """
+
+    timestamp_probability: float = 0.0
+    previous_text_probability: float = 0.0
+    seed: int = 0
+
+
+def draw_label(
+    token_ids: Sequence[int],
+    previous_ids: Sequence[int] | None,
+    tokens: WhisperTokens,
+    draws: LabelDraws,
+    *,
+    utterance_id: str,
+    epoch: int,
+) -> list[int]:
+    """A label as it is trained on in one epoch: with its timestamps or without, with a prompt or without.
+
+    The draws depend on the seed, the epoch and the utterance alone, so workers, ranks and resumed runs agree. The
+    prompt has timestamps if the label keeps its own.
+
+    Args:
+        token_ids: a whole label.
+        previous_ids: label of the window or segment before; None where there is none.
+        tokens: of the vocabulary.
+        draws: probabilities and seed.
+        utterance_id: of the label.
+        epoch: number of the pass over the data.
+    """
+
+    def drawn(probability: float, purpose: str) -> bool:
+        return utterance_random(draws.seed, epoch, utterance_id, purpose).random() < probability
+
+    label = list(token_ids)
+    is_stamped = has_timestamps(label, tokens) and drawn(draws.timestamp_probability, "timestamps")
+    if not is_stamped and tokens.no_timestamps not in label:
+        label = strip_timestamps(label, tokens)
+    if previous_ids is not None and drawn(draws.previous_text_probability, "previous_text"):
+        label = prepend_prompt(previous_ids, label, tokens, keep_timestamps=is_stamped)
+    return label
 
 
 def collate_labels(

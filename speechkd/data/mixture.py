@@ -5,13 +5,26 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from torch.utils.data import Sampler
+from torch.utils.data import ConcatDataset, Sampler
 
 from speechkd.data.sampler import DurationBatchSampler
 
 
+class Mixture(ConcatDataset):
+    """Corpora one behind the other; each is told the epoch.
+
+    An utterance that comes again within an epoch of the mixture, since its corpus is small for its weight, has the same
+    augmentation and the same draws.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose what the corpora draw."""
+        for corpus in self.datasets:
+            corpus.set_epoch(epoch)  # type: ignore[attr-defined]
+
+
 class MixtureSampler(Sampler[list[int]]):
-    """Batches of several corpora, over a `torch.utils.data.ConcatDataset` of them in the same order.
+    """Batches of several corpora, over a `Mixture` of them in the same order.
 
     The weights are shares of batches, so about of padded seconds, and not of utterances: a corpus of short clips gives
     more of them per batch. After any number of batches each corpus has given its share of them to within one, by the

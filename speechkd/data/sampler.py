@@ -14,6 +14,8 @@ from torch.utils.data import Sampler
 
 Item = TypeVar("Item")
 
+SORTED_STEPS = 16  # more sort better and mix worse
+
 
 def bucket_edges(durations_seconds: np.ndarray, num_buckets: int) -> np.ndarray:
     """Edges between buckets that hold about equal total seconds.
@@ -121,6 +123,8 @@ class DurationBatchSampler(Sampler[list[int]]):
         num_buckets: upper bound of the number of buckets.
         quadratic_duration_seconds: see `BatchLimits`.
         max_batch_size: utterances per batch and device at most; None leaves it to the seconds.
+        sort_keys: utterances of a bucket with similar ones share batches, such as label lengths where all clips are
+            padded alike, (utterances,). Number and sizes of the batches stay the same.
 
     Raises:
         ValueError: no utterance, a duration that is not positive, an utterance above `max_batch_seconds`, or an
@@ -138,6 +142,7 @@ class DurationBatchSampler(Sampler[list[int]]):
         num_buckets: int = 30,
         quadratic_duration_seconds: float | None = None,
         max_batch_size: int | None = None,
+        sort_keys: np.ndarray | None = None,
     ) -> None:
         _check_ranks(seed, rank, world_size)
         limits = BatchLimits(max_batch_seconds, quadratic_duration_seconds, max_batch_size)
@@ -146,6 +151,9 @@ class DurationBatchSampler(Sampler[list[int]]):
         edges = bucket_edges(durations, num_buckets)
         bucket_of = np.searchsorted(edges, durations)
         order = np.argsort(bucket_of, kind="stable")
+        if sort_keys is not None and len(sort_keys) != len(durations):
+            raise ValueError(f"there are {len(durations)} durations and {len(sort_keys)} sort_keys; give one each")
+        self.sort_keys = None if sort_keys is None else np.asarray(sort_keys)
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
         self.buckets = np.split(order, np.cumsum(np.bincount(bucket_of, minlength=len(edges)))[:-1])
         self.batch_sizes = [limits.batch_size(edge) for edge in edges.tolist()]
@@ -188,16 +196,30 @@ class DurationBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        shuffled = [generator.permutation(bucket) for bucket in self.buckets]
+        shuffled = [self._sorted(generator.permutation(bucket), number) for number, bucket in enumerate(self.buckets)]
         steps = generator.permutation(self.num_steps)
         start, self._start = self._start, 0  # a second iteration is a whole epoch again
         for position in range(start, self.num_steps):
             self.position = position + 1
             bucket = int(np.searchsorted(self.last_steps, steps[position], side="right"))
-            first = int(self.last_steps[bucket - 1]) if bucket else 0
-            num_batches = (int(self.last_steps[bucket]) - first) * self.world_size
+            first, num_batches = self._batches_of(bucket)
             number = (int(steps[position]) - first) * self.world_size + self.rank
             yield _part(shuffled[bucket], number, num_batches).tolist()
+
+    def _batches_of(self, bucket: int) -> tuple[int, int]:
+        """First step of a bucket, and the number of its batches on all ranks."""
+        first = int(self.last_steps[bucket - 1]) if bucket else 0
+        return first, (int(self.last_steps[bucket]) - first) * self.world_size
+
+    def _sorted(self, shuffled: np.ndarray, bucket: int) -> np.ndarray:
+        """The utterances of a bucket, sorted within groups of steps: sorted as a whole, few would meet others."""
+        if self.sort_keys is None:
+            return shuffled
+        num_batches = self._batches_of(bucket)[1]
+        group = SORTED_STEPS * self.world_size
+        ends = [number * len(shuffled) // num_batches for number in range(group, num_batches, group)]
+        parts = [part[np.argsort(self.sort_keys[part], kind="stable")] for part in np.split(shuffled, ends)]
+        return np.concatenate(parts)
 
     def _identity(self) -> dict[str, int]:
         num_utterances = sum(len(bucket) for bucket in self.buckets)
