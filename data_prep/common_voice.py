@@ -24,6 +24,7 @@ from common import (
 )
 from tqdm import tqdm
 
+DIALECT_COLUMNS = ("variant", "accents", "accent")  # what speakers said of themselves; each release has others
 COLUMNS = ("client_id", "path", "sentence")
 SPLITS = ("train", "dev", "test", "validated")
 DURATION_TOLERANCE_SECONDS = 0.5  # mp3 frames and the padding of encoders take less
@@ -127,6 +128,7 @@ def _utterances(
                 "sample_rate_hz": clip[1],
                 "text": text,
                 "speaker": row["client_id"],
+                "dialect": next((row[column] for column in DIALECT_COLUMNS if row.get(column)), None),
                 "language": folder.name.split("-")[0],
             }
 

@@ -14,6 +14,15 @@ def test_rows_come_back_with_absolute_audio_paths(tone_manifest):
     assert manifest.select([4, 0]).ids == ["tone-4", "tone-0"]
 
 
+def test_a_dialect_is_an_optional_text(tone_manifest):
+    rows = [json.loads(line) for line in tone_manifest.read_text().splitlines()]
+    write_manifest(tone_manifest, [{**rows[0], "dialect": "Hiberno-English"}, rows[1]])
+    assert [row["dialect"] for row in read_manifest(tone_manifest)] == ["Hiberno-English", None]
+    write_manifest(tone_manifest, [{**rows[0], "dialect": 3}])
+    with pytest.raises(ManifestError, match="'tone-0' has dialect=3, a int where another type belongs"):
+        read_manifest(tone_manifest)
+
+
 def test_a_changed_file_is_read_again(tone_manifest):
     rows = [json.loads(line) for line in tone_manifest.read_text().splitlines()]
     assert len(read_manifest(tone_manifest)) == 6

@@ -138,6 +138,18 @@ def test_common_voice_refuses_what_is_not_there_or_there_twice(tmp_path):
         prepare_common_voice(folder / "clips", tmp_path / "out")
 
 
+def test_common_voice_keeps_what_speakers_say_of_their_dialect(tmp_path):
+    header = [*COMMON_VOICE_HEADER, "accents", "variant"]
+    said = {"a": ["Irish", ""], "b": ["Irish", "Hiberno-English"], "c": ["", ""]}
+    for name in said:
+        write_tone(tmp_path / f"en/clips/{name}.mp3", 0.5, 32_000)
+    rows = [[*common_voice_row(name, name, "Yes."), *dialect] for name, dialect in said.items()]
+    write_table(tmp_path / "en/test.tsv", [header, *rows])
+    prepare_common_voice(tmp_path, tmp_path / "out")
+    test = read_manifest(tmp_path / "out/en/test.jsonl")
+    assert test.rows["dialect"][:] == ["Irish", "Hiberno-English", None]
+
+
 def test_a_corpus_without_one_usable_clip_is_an_error_that_points_to_the_reasons(tmp_path):
     write_broken_clips(tmp_path / "en/clips", "mp3")
     write_table(tmp_path / "en/dev.tsv", [COMMON_VOICE_HEADER, common_voice_row("one", "zero", "Zero.")])

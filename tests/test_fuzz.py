@@ -42,6 +42,7 @@ ROWS = [
         "offset_seconds": 0.5,
         "text": "ein Ton ü",
         "speaker": "a",
+        "dialect": "north",
         "language": "de",
         "intent": "play",
         "slots": [{"name": "pitch", "value": "high"}],

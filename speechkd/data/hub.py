@@ -32,6 +32,7 @@ COLUMNS = {
     "id": ("id", "utt_id", "utterance_id", "audio_id", "segment_id", "__key__"),
     "text": ("text", "sentence", "raw_transcription", "transcription", "normalized_text", "transcript"),
     "speaker": ("speaker_id", "client_id", "speaker"),
+    "dialect": ("variant", "dialect", "accents", "accent"),
     "language": ("locale", "lang_id", "language"),
     "intent": ("intent", "intent_class", "label"),
 }
@@ -42,7 +43,7 @@ DESCRIPTION = {
     "problem": datasets.Value("string"),
 }
 BEGINNING: dict[str, Any] = {"block": 0, "position": 0, "files": None}  # of a stream; files: the state of `datasets`
-VERSION = 1  # raised when `_describe` changes: `datasets` would take the rows that an older one left in its cache
+VERSION = 2  # raised when `_describe` changes: `datasets` would take the rows that an older one left in its cache
 
 
 class EncodedAudio(datasets.Audio):

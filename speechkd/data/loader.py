@@ -126,7 +126,8 @@ def check_length(utterance: dict[str, Any], max_seconds: float) -> None:
     if utterance["duration_seconds"] > max_seconds:
         raise AudioError(
             f"utterance {utterance['id']!r}: lasts {utterance['duration_seconds']:.1f} s, longer than the "
-            f"{max_seconds:.0f} s that the model takes; cut it into shorter clips"
+            f"{max_seconds:.0f} s that the model takes; cut it into shorter clips, or score it with "
+            "`speechkd evaluate --long-form`"
         )
 
 

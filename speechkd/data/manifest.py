@@ -21,11 +21,20 @@ FIELDS = {
     "text": datasets.Value("string"),
     "speaker": datasets.Value("string"),
     "language": datasets.Value("string"),
+    "dialect": datasets.Value("string"),
     "intent": datasets.Value("string"),
     "slots": datasets.List({"name": datasets.Value("string"), "value": datasets.Value("string")}),
 }
 REQUIRED = {"id": str, "audio": str, "duration_seconds": (int, float), "sample_rate_hz": int}
-OPTIONAL = {"offset_seconds": (int, float), "text": str, "speaker": str, "language": str, "intent": str, "slots": list}
+OPTIONAL = {
+    "offset_seconds": (int, float),
+    "text": str,
+    "speaker": str,
+    "language": str,
+    "dialect": str,
+    "intent": str,
+    "slots": list,
+}
 MAX_PROBLEMS_SHOWN = 20
 MAX_SAMPLE_RATE_HZ = 10_000_000
 
