@@ -11,6 +11,7 @@ from typing import Any, Literal
 import datasets
 import torch
 
+from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from speechkd.data.hub import read_utterances
 from speechkd.data.manifest import Manifest
 from speechkd.files import read_jsonl, write_json, write_jsonl
@@ -20,6 +21,7 @@ from speechkd.metrics.hallucination import error_kind_rates, five_gram_duplicate
 from speechkd.metrics.intervals import group_error_rates, macro_mean_wer, num_errors, paired_difference, wer_interval
 from speechkd.metrics.slu import slot_recall
 from speechkd.metrics.wer import Normalizer, digit_error_rate, error_rates, utterance_errors
+from speechkd.models.long_form import LongFormConfig, transcribe_long_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ def evaluate_asr(
     output_dir: str | Path,
     *,
     decoding: DecodingConfig,
+    long_form: LongFormConfig | None = None,
     normalizer: Normalizer = "english",
     reference: Literal["text", "teacher"] = "text",
     labels_dir: str | Path | None = None,
@@ -49,6 +52,7 @@ def evaluate_asr(
         manifest_path: utterances to score on.
         output_dir: gets `metrics.json`, `hypotheses.jsonl` and the transcripts in `decoded/`.
         decoding: language and limits.
+        long_form: how clips of any length are transcribed; None skips those above 30 s.
         normalizer: applied to references and hypotheses before counting.
         reference: score against the manifest's text, or against the transcripts of a teacher.
         labels_dir: label store of the teacher, for `reference="teacher"`.
@@ -84,14 +88,27 @@ def evaluate_asr(
     references = _references(manifest, labels_dir)
     groups = {field: _group_values(manifest, field) for field in group_by}
     baseline = None if compare_with is None else _baseline(compare_with, normalizer, references)
-    store = label_manifest(
-        model_name,
-        manifest_path,
-        decoded_dir or output_dir / "decoded",
-        decoding=decoding,
-        max_skipped_fraction=max_skipped_fraction,
-        device=device,
-    )
+    store_dir = Path(decoded_dir or output_dir / "decoded")
+    if long_form is None:
+        _warn_of_long_clips(manifest)
+        store = label_manifest(
+            model_name,
+            manifest_path,
+            store_dir,
+            decoding=decoding,
+            max_skipped_fraction=max_skipped_fraction,
+            device=device,
+        )
+    else:
+        store = transcribe_long_manifest(
+            model_name,
+            manifest,
+            store_dir,
+            decoding=decoding,
+            long_form=long_form,
+            max_skipped_fraction=max_skipped_fraction,
+            device=device,
+        )
     decoded = {row["id"]: row for row in store.rows()}
     scored = [key for key in manifest.ids if key in decoded and key in references]
     texts, hypotheses = [references[key] for key in scored], [decoded[key]["text"] for key in scored]
@@ -111,6 +128,7 @@ def evaluate_asr(
         "audio_seconds": audio_seconds,
         "compute_seconds": compute_seconds,
         "rtfx": real_time_factor_inverse(compute_seconds, audio_seconds),
+        "long_form": None if long_form is None else asdict(long_form),
         "normalizer": normalizer,
         "reference": "the teacher's transcripts" if reference == "teacher" else "the manifest's text",
         "manifest": str(manifest_path),
@@ -143,6 +161,22 @@ def evaluate_asr(
     write_jsonl(output_dir / "hypotheses.jsonl", rows)
     write_json(output_dir / "metrics.json", metrics)
     return metrics
+
+
+def _warn_of_long_clips(manifest: Manifest) -> None:
+    limit_seconds = WINDOW_SAMPLES / SAMPLE_RATE_HZ
+    too_long = [
+        key for key, seconds in zip(manifest.ids, manifest.durations_seconds, strict=True) if seconds > limit_seconds
+    ]
+    if too_long:
+        logger.warning(
+            "%d of %d clips last longer than the %.0f s that Whisper takes at once and are skipped, the first is %r; "
+            "pass --long-form chunked or --long-form sequential to transcribe them",
+            len(too_long),
+            len(manifest),
+            limit_seconds,
+            too_long[0],
+        )
 
 
 def real_time_factor_inverse(compute_seconds: float, audio_seconds: float) -> float:

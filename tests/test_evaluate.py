@@ -13,7 +13,7 @@ from speechkd.labels.teacher_cache import LabelStoreError
 from speechkd.metrics.hallucination import five_gram_duplicates
 from speechkd.metrics.intervals import paired_difference, wer_interval
 from speechkd.metrics.latency import decode_seconds_per_token
-from speechkd.teachers import load_whisper
+from speechkd.teachers import load_processor, load_whisper
 
 DECODING = DecodingConfig(max_new_tokens=5)
 
@@ -87,6 +87,7 @@ def test_an_output_folder_of_another_model_is_refused(tiny_teacher, tone_manifes
     other = load_whisper(tiny_teacher)
     other.model.decoder.layer_norm.bias.data += 1
     other.save_pretrained(tmp_path / "other")
+    load_processor(tiny_teacher).save_pretrained(tmp_path / "other")
     with pytest.raises(LabelStoreError, match="come from teacher .*but this run has"):
         evaluate_asr(str(tmp_path / "other"), tone_manifest, tmp_path / "out", decoding=DECODING)
 
@@ -150,10 +151,10 @@ def test_groups_are_tables_of_corpus_totals_and_their_mean_is_named_macro(
     heard = heard_by(tiny_teacher, tone_manifest, tmp_path / "out")
     texts = [heard, "a", f"{heard} {heard}", "a tone", heard, "a tone"]
     speakers = ["ann", "bob", "ann", None, "bob", "ann"]
-    rewrite(tone_manifest, text=texts, speaker=speakers, language=["en"] * 6)
-    metrics = evaluate_asr(
-        tiny_teacher, tone_manifest, tmp_path / "out", decoding=DECODING, group_by=["speaker", "language"]
-    )
+    dialects = ["north", "south"] * 3
+    rewrite(tone_manifest, text=texts, speaker=speakers, language=["en"] * 6, dialect=dialects)
+    fields = ["speaker", "language", "dialect"]
+    metrics = evaluate_asr(tiny_teacher, tone_manifest, tmp_path / "out", decoding=DECODING, group_by=fields)
     rows = hypothesis_rows(tmp_path / "out")
     table = metrics["groups"]["speaker"]
     assert list(table) == ["ann", "bob"] and "1 of 6 utterances have no speaker" in caplog.text
@@ -163,6 +164,8 @@ def test_groups_are_tables_of_corpus_totals_and_their_mean_is_named_macro(
         assert table[name]["wer"] == 100 * sum(errors_of(own)) / words
         assert table[name]["num_utterances"] == len(own) and table[name]["num_reference_words"] == words
     assert table["ann"]["wer"] != table["bob"]["wer"]
+    north = metrics["groups"]["dialect"]["north"]
+    assert north["wer"] == 100 * sum(errors_of(rows[::2])) / north["num_reference_words"]
     assert metrics["macro_mean_wer"]["speaker"] == (table["ann"]["wer"] + table["bob"]["wer"]) / 2
     assert metrics["groups"]["language"]["en"]["wer"] == metrics["macro_mean_wer"]["language"] == metrics["wer"]
     assert metrics["groups"]["language"]["en"]["wer_low"] == metrics["wer_low"]
@@ -171,7 +174,7 @@ def test_groups_are_tables_of_corpus_totals_and_their_mean_is_named_macro(
 
 def test_a_field_that_forms_no_groups_is_refused_before_decoding(tiny_teacher, tone_manifest, tmp_path):
     for field, message in [
-        ("dialect", "'dialect' is no field with names; those of a manifest are .*speaker, language"),
+        ("accent", "'accent' is no field with names; those of a manifest are .*speaker, language, dialect"),
         ("slots", "'slots' is no field with names"),
         ("speaker", "no utterance of .*tones.jsonl has the field 'speaker'"),
     ]:
