@@ -5,6 +5,7 @@ from safetensors.torch import load_file, save_file
 from transformers import WhisperForConditionalGeneration
 
 from speechkd.data.collate import WhisperTokens
+from speechkd.models import speculative
 from speechkd.models.speculative import load_assistant, speculate, speculative_decode
 from speechkd.models.whisper import greedy_decode, student_from_teacher
 from speechkd.teachers import load_processor, load_whisper
@@ -103,6 +104,33 @@ def test_a_students_drafts_leave_the_teachers_greedy_text_as_it_is(teacher, stud
         accepted += result.num_accepted
         rejected += result.num_drafted - result.num_accepted
     assert num_draft_tokens < 5 or (accepted and rejected)  # caches were both carried on and cropped
+
+
+def test_an_assistant_that_hears_no_silence_changes_no_text(teacher, student_folder, tokens):
+    assistant = load_assistant(student_folder, teacher)
+    states = torch.randn(1, 1500, 16, generator=torch.Generator().manual_seed(0))
+    heard = []
+    hook = assistant.model.decoder.register_forward_hook(
+        lambda _, __, kwargs, ___: heard.append(kwargs["encoder_hidden_states"].shape[1]), with_kwargs=True
+    )
+    results = [
+        speculative_decode(teacher, assistant, states, tokens, max_new_tokens=20, duration_seconds=seconds)
+        for seconds in (30.0, 8.6)
+    ]
+    hook.remove()
+    assert results[0].token_ids == results[1].token_ids and set(heard) == {1500, 455}
+
+
+def test_a_draft_ends_with_the_token_that_its_assistant_doubts(teacher, student_folder, tokens, monkeypatch):
+    assistant = load_assistant(student_folder, teacher)
+    states = torch.randn(1, 1500, 16, generator=torch.Generator().manual_seed(0))
+    doubtful, sure = [], []
+    for threshold, results in ((1.1, doubtful), (0.0, sure)):
+        monkeypatch.setattr(speculative, "MIN_DRAFT_PROBABILITY", threshold)
+        results.append(speculative_decode(teacher, assistant, states, tokens, num_draft_tokens=5, max_new_tokens=20))
+    assert doubtful[0].token_ids == sure[0].token_ids
+    assert doubtful[0].num_drafted <= doubtful[0].num_steps  # one token a step, none where no room is left
+    assert sure[0].num_drafted > sure[0].num_steps
 
 
 def test_a_token_suppressed_at_the_start_only_is_suppressed_there_as_in_generate(teacher, student_folder, tokens):

@@ -26,7 +26,10 @@ from transformers.utils import cached_file
 from speechkd.data.collate import WhisperTokens
 from speechkd.teachers import resolve_model
 
-NUM_DRAFT_TOKENS = 8
+NUM_DRAFT_TOKENS = 16
+MIN_DRAFT_PROBABILITY = 0.5  # a draft ends with a token that its assistant doubts, or bad drafts would be long
+FRAMES_PER_SECOND = 50
+MARGIN_SECONDS = 0.5
 ENCODER_PREFIX = "model.encoder."
 
 
@@ -92,6 +95,25 @@ def load_assistant(name: str, teacher: WhisperForConditionalGeneration) -> Whisp
         raise ValueError(
             f"assistant {name!r} cannot be loaded; it needs config.json and its weights as model.safetensors"
         ) from error
+    return _prepared(assistant, teacher)
+
+
+def assistant_from_student(
+    student: WhisperForConditionalGeneration, teacher: WhisperForConditionalGeneration
+) -> WhisperForCausalLM:
+    """An assistant with the decoder weights that a student has now, copied; see `load_assistant`.
+
+    Args:
+        student: shares the teacher's vocabulary and encoder, which is not checked again.
+        teacher: the model whose encoder states the assistant reads.
+    """
+    assistant: Any = _DecoderOnly(student.config)
+    weights = {name: weight for name, weight in student.state_dict().items() if not name.startswith(ENCODER_PREFIX)}
+    assistant.load_state_dict(weights, strict=True)
+    return _prepared(assistant.to(teacher.dtype), teacher)
+
+
+def _prepared(assistant: Any, teacher: WhisperForConditionalGeneration) -> WhisperForCausalLM:
     assistant = assistant.to(teacher.device).eval()
     return _quantize(assistant) if (teacher.device.type, teacher.dtype) == ("cpu", torch.float32) else assistant
 
@@ -196,6 +218,8 @@ def speculative_decode(
     *,
     num_draft_tokens: int = NUM_DRAFT_TOKENS,
     max_new_tokens: int = 224,
+    duration_seconds: float = 30.0,
+    on_rejection: Callable[[int, Tensor], None] | None = None,
 ) -> Speculated:
     """The teacher's greedy transcript without timestamps, as `greedy_decode` gives it, with fewer passes.
 
@@ -207,8 +231,12 @@ def speculative_decode(
         assistant: proposes them; see `load_assistant`.
         encoder_states: the teacher's, of one clip, (1, frames, dim); the assistant reads the same.
         tokens: of both vocabularies; the prefix names language and task.
-        num_draft_tokens: proposed tokens a step.
+        num_draft_tokens: most proposed tokens a step; a draft ends early with a token that its assistant doubts.
         max_new_tokens: limit of decoded tokens, end token included.
+        duration_seconds: of the clip. A draft need not be exact, so the assistant reads no frames of the silence that
+            fills the window.
+        on_rejection: called wherever the teacher chose otherwise than the draft, with the position in `token_ids` and
+            its logits there, (vocabulary,), float32, -inf where `generate` rules ids out.
 
     Returns:
         The decoded clip.
@@ -222,22 +250,31 @@ def speculative_decode(
             "accept different numbers of tokens, use greedy_decode for batches"
         )
     ruled_out, ruled_out_first = _suppression(teacher, tokens)
-    ours, theirs = _CachedDecoder(teacher, encoder_states), _CachedDecoder(assistant, encoder_states)
+    heard = encoder_states[:, : round((duration_seconds + MARGIN_SECONDS) * FRAMES_PER_SECOND)]
+    ours, theirs = _CachedDecoder(teacher, encoder_states), _CachedDecoder(assistant, heard)
 
     def draft(token_ids: list[int], count: int) -> list[int]:
         drafted: list[int] = []
-        while len(drafted) < count and tokens.end_of_text not in drafted:
+        is_sure = True
+        while len(drafted) < count and is_sure and tokens.end_of_text not in drafted:
             logits = theirs.logits([*token_ids, *drafted], 1) + ruled_out
             if len(token_ids) + len(drafted) == len(tokens.prefix):
                 logits += ruled_out_first
-            drafted.append(int(logits.argmax()))
+            best, token = logits[0].max(dim=-1)
+            is_sure = bool((best - logits[0].logsumexp(dim=-1)).exp() >= MIN_DRAFT_PROBABILITY)
+            drafted.append(int(token))
         return drafted
 
     def verify(token_ids: list[int], drafted: list[int]) -> list[int]:
         logits = ours.logits([*token_ids, *drafted], len(drafted) + 1) + ruled_out
         if len(token_ids) == len(tokens.prefix):
             logits[0] += ruled_out_first
-        return logits.argmax(dim=-1).tolist()
+        chosen = logits.argmax(dim=-1).tolist()
+        if on_rejection is not None:
+            wrong = next((i for i, token in enumerate(drafted) if token != chosen[i]), None)
+            if wrong is not None:
+                on_rejection(len(token_ids) + wrong, logits[wrong])
+        return chosen
 
     return speculate(
         draft,
