@@ -7,9 +7,34 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from speechkd.files import atomic_write, full_disk_explained
+from speechkd.teachers import load_processor, load_whisper
+
+HUGGINGFACE_PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+def export_huggingface(model_folder: Path, output_dir: Path, *, precision: str) -> None:
+    """Write a Whisper as a plain Hugging Face folder, with weights of another precision and its model card.
+
+    Args:
+        model_folder: Hugging Face folder of a Whisper.
+        output_dir: an empty folder.
+        precision: of the stored weights, one of `HUGGINGFACE_PRECISIONS`.
+
+    Raises:
+        ValueError: an unknown precision, or no Whisper.
+    """
+    if precision not in HUGGINGFACE_PRECISIONS:
+        raise ValueError(
+            f"Hugging Face precision {precision!r} is unknown; choose one of {', '.join(HUGGINGFACE_PRECISIONS)}"
+        )
+    load_whisper(str(model_folder), dtype=getattr(torch, precision)).save_pretrained(output_dir)
+    load_processor(str(model_folder)).save_pretrained(output_dir)
+    if (card := model_folder / "README.md").is_file():
+        shutil.copyfile(card, output_dir / card.name)
 
 
 def save_student(student: PreTrainedModel, processor: ProcessorMixin, output_dir: str | Path, card: str) -> None:
