@@ -1,4 +1,4 @@
-"""Size, load time, latency, throughput, memory and word error rate of several Whispers, measured in turns."""
+"""Size, load time, latency, throughput, memory and error rate of Whispers and their exports, measured in turns."""
 
 import ctypes
 import gc
@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, WhisperForCausalLM, WhisperForConditionalGeneration
+from transformers import LogitsProcessor, LogitsProcessorList, WhisperForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import cached_file
 
@@ -26,6 +26,8 @@ from speechkd.data.loader import clip_batches, length_sorted
 from speechkd.data.manifest import Manifest
 from speechkd.doctor import hardware_name
 from speechkd.evaluate import real_time_factor_inverse
+from speechkd.export.ctranslate2 import Ctranslate2Transcriber
+from speechkd.export.transcribers import Transcriber, load_transcriber, read_export
 from speechkd.labels.pseudo_label import DecodingConfig
 from speechkd.metrics.wer import Normalizer, error_rates, get_normalizer
 from speechkd.models.speculative import Speculated, load_assistant, speculative_decode
@@ -34,30 +36,22 @@ from speechkd.teachers import load_processor, load_whisper, resolve_model
 logger = logging.getLogger(__name__)
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-COLUMNS = {
-    "size_megabytes": ("disk MB", ".0f"),
-    "parameters": ("parameters", ",d"),
-    "load_seconds": ("load s", ".2f"),
-    "latency_median_seconds": ("median s", ".3f"),
-    "latency_p95_seconds": ("95 % s", ".3f"),
-    "rtfx": ("RTFx", ".1f"),
-    "rtfx_batched": ("RTFx batched", ".1f"),
-    "peak_memory_megabytes": ("memory MB", ".0f"),
-    "wer": ("WER %", ".2f"),
-}
 
 
 @dataclass
 class _Contender:
-    """One row of the table: a model, alone or with an assistant, and what was measured of it."""
+    """One row of the table: a model, alone or with an assistant, or an export, and what was measured of it."""
 
     names: list[str]
-    model: WhisperForConditionalGeneration
-    tokenizer: Any
-    tokens: WhisperTokens
-    log_mel: WhisperLogMel
     load_seconds: float
+    model: Any = None  # these four are None for an export
+    tokenizer: Any = None
+    tokens: Any = None
+    log_mel: Any = None
     assistant: WhisperForCausalLM | None = None
+    transcriber: Transcriber | None = None  # of an export
+    weights_megabytes: float | None = None  # of an export: what the process grew by
+    parameters: int | None = None  # of an export
     working_megabytes: float | None = None
     encode_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
@@ -88,15 +82,16 @@ def bench_models(
     normalizer: Normalizer = "english",
     device: torch.device | str | None = None,
 ) -> dict[str, Any]:
-    """Measure models on the same clips, every clip going through all of them before the next one comes.
+    """Measure models and exports on the same clips, every clip going through all of them before the next one comes.
 
     A clip's latency is that of log-mel, encoder and greedy decoding by transformers' `generate`, reading the file
-    excluded; clips that cannot be decoded are counted and left out. Memory is the weights plus the most that
-    transcribing one clip took beyond them; None where the system does not tell.
+    excluded; an export goes through its own runtime on the CPU, with as many threads as torch has. Clips that cannot be
+    decoded are counted and left out. Memory is the weights plus the most that transcribing one clip took beyond them;
+    None where the system does not tell.
 
     Args:
-        model_names: Hub ids, folders or `bundled:<name>`; without text in the manifest the first one's transcripts
-            are what the others are scored against.
+        model_names: Hub ids, Hugging Face folders, `bundled:<name>` and folders of `speechkd export`, in any mix;
+            without text in the manifest the first one's transcripts are what the others are scored against.
         manifest_path: the clips.
         decoding: language and limits; `batch_size` is that of the batched measurement.
         assistant_name: student that drafts for the first model; see `speechkd.models.speculative`.
@@ -136,7 +131,7 @@ def bench_models(
         "num_clips": len(utterances),
         "num_skipped": num_skipped,
         "audio_seconds": audio_seconds,
-        "batch_size": decoding.batch_size,
+        "batch_size": decoding.clips_per_batch(device),
         "device": hardware_name(device),
         "num_threads": torch.get_num_threads(),
     }
@@ -146,26 +141,52 @@ def bench_models(
 
 
 def _load(name: str, decoding: DecodingConfig, device: torch.device) -> _Contender:
+    export = read_export(name)
+    if export is not None and export["format"] != "huggingface":
+        return _load_export(name, export, decoding)
     resolve_model(name)  # converts a bundled model on its first use, which is no part of loading
     started = _now(device)
     model, processor = load_whisper(name, device=device), load_processor(name)
     load_seconds = _now(device) - started
     tokens = WhisperTokens.from_tokenizer(processor.tokenizer, language=decoding.language, task=decoding.task)
     log_mel = WhisperLogMel(model.config.num_mel_bins).to(device)
-    return _Contender([name], model, processor.tokenizer, tokens, log_mel, load_seconds)
+    return _Contender([name], load_seconds, model, processor.tokenizer, tokens, log_mel)
+
+
+def _load_export(name: str, export: dict[str, Any], decoding: DecodingConfig) -> _Contender:
+    # what a runtime holds shows in the process alone; one short clip, because some read weights when they use them
+    before_bytes = _resident_bytes()
+    started = time.perf_counter()
+    transcriber = load_transcriber(
+        name, language=decoding.language, task=decoding.task, max_new_tokens=decoding.max_new_tokens
+    )
+    load_seconds = time.perf_counter() - started
+    transcriber(np.zeros(SAMPLE_RATE_HZ, dtype=np.float32))
+    after_bytes = _resident_bytes()
+    return _Contender(
+        [name],
+        load_seconds,
+        transcriber=transcriber,
+        weights_megabytes=None if before_bytes is None or after_bytes is None else (after_bytes - before_bytes) / 1e6,
+        parameters=export.get("parameters"),
+    )
 
 
 def _with_assistant(teacher: _Contender, assistant_name: str) -> _Contender:
+    if teacher.model is None:
+        raise ValueError(
+            f"{teacher.names[0]} is an export, which takes no assistant; name its Hugging Face folder first"
+        )
     started = _now(teacher.model.device)
     assistant = load_assistant(assistant_name, teacher.model)
     load_seconds = teacher.load_seconds + _now(teacher.model.device) - started
     return _Contender(
         [*teacher.names, assistant_name],
+        load_seconds,
         teacher.model,
         teacher.tokenizer,
         teacher.tokens,
         teacher.log_mel,
-        load_seconds,
         assistant,
     )
 
@@ -180,7 +201,7 @@ def _run_turns(
         manifest,
         length_sorted(manifest, range(len(manifest))),
         sample_rate_hz=SAMPLE_RATE_HZ,
-        batch_size=decoding.batch_size,
+        batch_size=decoding.clips_per_batch(device),
         device=device,
     )
     for batch in batches:
@@ -194,7 +215,7 @@ def _run_turns(
                 for contender in contenders:
                     _one_clip(contender, clip, decoding)
             for contender in contenders:
-                if contender.assistant is None:
+                if _batches(contender):
                     started = _now(device)
                     _transcribe(contender, batch.waveforms, decoding)
                     contender.batched_seconds += _now(device) - started
@@ -208,15 +229,29 @@ def _warm_up(contenders: list[_Contender], clip: Tensor, decoding: DecodingConfi
     for contender in contenders:
         step = partial(_transcribe, contender, clip, decoding)
         step()
-        contender.working_megabytes = _peak_megabytes(step, contender.model.device)
+        device = torch.device("cpu") if contender.model is None else contender.model.device
+        contender.working_megabytes = _peak_megabytes(step, device)
+
+
+def _batches(contender: _Contender) -> bool:
+    if contender.transcriber is not None:
+        return isinstance(contender.transcriber, Ctranslate2Transcriber)
+    return contender.assistant is None
 
 
 def _one_clip(contender: _Contender, clip: Tensor, decoding: DecodingConfig) -> None:
+    if contender.transcriber is not None:
+        waveform = clip[0].cpu().numpy()
+        started = time.perf_counter()
+        contender.texts.append(contender.transcriber(waveform))
+        contender.decode_seconds.append(time.perf_counter() - started)
+        contender.encode_seconds.append(0.0)  # part of the above
+        return
     device = contender.model.device
     started = _now(device)
     states = _encode(contender, clip)
     encoded = _now(device)
-    token_ids, speculated = _decode(contender, states, decoding)
+    token_ids, speculated = _decode(contender, states, decoding, clip.shape[-1] / SAMPLE_RATE_HZ)
     contender.decode_seconds.append(_now(device) - encoded)
     contender.encode_seconds.append(encoded - started)
     contender.texts.append(contender.tokenizer.decode(token_ids[0], skip_special_tokens=True).strip())
@@ -224,7 +259,13 @@ def _one_clip(contender: _Contender, clip: Tensor, decoding: DecodingConfig) -> 
 
 
 def _transcribe(contender: _Contender, waveforms: Tensor, decoding: DecodingConfig) -> None:
-    _decode(contender, _encode(contender, waveforms), decoding)
+    if isinstance(contender.transcriber, Ctranslate2Transcriber):
+        contender.transcriber.transcribe_batch(waveforms.cpu().numpy())
+        return
+    if contender.transcriber is not None:  # takes one clip at a time, as in the warm-up
+        contender.transcriber(waveforms[0].cpu().numpy())
+        return
+    _decode(contender, _encode(contender, waveforms), decoding, waveforms.shape[-1] / SAMPLE_RATE_HZ)
 
 
 @torch.no_grad()
@@ -235,13 +276,18 @@ def _encode(contender: _Contender, waveforms: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _decode(
-    contender: _Contender, states: Tensor, decoding: DecodingConfig
+    contender: _Contender, states: Tensor, decoding: DecodingConfig, duration_seconds: float
 ) -> tuple[list[list[int]], list[Speculated]]:
     """Token ids of each clip, and with an assistant how they came about."""
     model, tokens = contender.model, contender.tokens
     if contender.assistant is not None:
         speculated = speculative_decode(
-            model, contender.assistant, states, tokens, max_new_tokens=decoding.max_new_tokens
+            model,
+            contender.assistant,
+            states,
+            tokens,
+            max_new_tokens=decoding.max_new_tokens,
+            duration_seconds=duration_seconds,
         )
         return [speculated.token_ids], [speculated]
     forced: dict[str, Any] = {} if decoding.language is None else {"language": decoding.language, "task": decoding.task}
@@ -263,21 +309,25 @@ def _measures(
     latencies = [sum(pair) for pair in zip(contender.encode_seconds, contender.decode_seconds, strict=True)]
     normalize = get_normalizer(normalizer)
     has_words = any(normalize(text) for text in references)
-    models: list[Any] = [contender.model] if contender.assistant is None else [contender.model, contender.assistant]
-    weights_bytes = sum(weight.numel() * weight.element_size() for model in models for weight in _weights(model))
+    models: list[Any] = [model for model in (contender.model, contender.assistant) if model is not None]
+    weights_megabytes, parameters = contender.weights_megabytes, contender.parameters
+    if models:
+        weights = [weight for model in models for weight in _weights(model)]
+        weights_megabytes = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
+        parameters = sum(weight.numel() for model in models for weight in _weights(model.model))  # the head is tied
     working = contender.working_megabytes
     return {
         "name": " + ".join(contender.names),
         "size_megabytes": sum(_size_bytes(name) for name in contender.names) / 1e6,
-        "parameters": sum(weight.numel() for model in models for weight in _weights(model.model)),  # the head is tied
+        "parameters": parameters,
         "load_seconds": contender.load_seconds,
         "latency_median_seconds": statistics.median(latencies),
         "latency_p95_seconds": float(np.percentile(latencies, 95)),
         "rtfx": real_time_factor_inverse(sum(latencies), audio_seconds),
         "rtfx_batched": real_time_factor_inverse(contender.batched_seconds, audio_seconds)
-        if contender.assistant is None
+        if _batches(contender)
         else None,
-        "peak_memory_megabytes": None if working is None else weights_bytes / 1e6 + working,
+        "peak_memory_megabytes": None if working is None or weights_megabytes is None else weights_megabytes + working,
         "wer": error_rates(references, contender.texts, normalizer).wer if has_words else None,
     }
 
@@ -323,44 +373,27 @@ def _peak_megabytes(step: Callable[[], None], device: torch.device) -> float | N
         before = torch.cuda.memory_allocated(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    resident = _resident_bytes()
+    if resident is None:
+        return None
+    step()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return (peak - resident) / 1e6
+
+
+def _resident_bytes() -> int | None:
+    """Resident set of the process, which becomes its peak too; None where it is unknown."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)  # or what an earlier model freed would be used again and not be seen
         CLEAR_REFS.write_text("5")  # the peak becomes the present value
     except (OSError, AttributeError, TypeError):  # no Linux, or another C library
         return None
-    before = psutil.Process().memory_info().rss
-    step()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    return (peak - before) / 1e6
+    return psutil.Process().memory_info().rss
 
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def table_lines(result: dict[str, Any]) -> Iterator[str]:
-    """What `bench_models` found as a table for a terminal, one row a model."""
-    rows = [["model", *(title for title, _ in COLUMNS.values())]]
-    for model in result["models"]:
-        cells = ["-" if model[key] is None else format(model[key], form) for key, (_, form) in COLUMNS.items()]
-        rows.append([model["name"], *cells])
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    for name, *cells in rows:
-        yield "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))])
-    yield (
-        f"{result['num_clips']} clips, {result['audio_seconds']:.0f} s ({result['num_skipped']} skipped), batches of "
-        f"{result['batch_size']}, {result['device']}, {result['num_threads']} threads; "
-        f"WER against {result['reference']}"
-    )
-    if "speculative" in result:
-        found = result["speculative"]
-        yield (
-            f"speculative decoding: {found['accepted_tokens_per_step']:.2f} accepted tokens a step "
-            f"({100 * found['acceptance_rate']:.0f} % of drafts), {found['speed_ratio']:.2f} times as fast a clip, "
-            f"{found['decoding_ratio']:.2f} times in decoding, {found['num_identical_texts']} of "
-            f"{result['num_clips']} texts identical"
-        )

@@ -6,9 +6,11 @@ import torch
 from conftest import tiny_whisper
 
 from speechkd import bench
-from speechkd.bench import bench_models, table_lines
+from speechkd.bench import bench_models
+from speechkd.bench_table import COLUMNS, table_lines
 from speechkd.cli import main
 from speechkd.data.manifest import read_manifest, write_manifest
+from speechkd.export import export_model
 from speechkd.labels.pseudo_label import DecodingConfig
 from speechkd.models.whisper import student_from_teacher
 from speechkd.teachers import load_processor, load_whisper
@@ -109,6 +111,37 @@ def test_no_clips_asked_for_and_a_foreign_assistant_are_refused_before_any_decod
         bench_models([tiny_teacher], tone_manifest, decoding=DECODING, assistant_name=str(tmp_path / "v3"))
 
 
+def test_exports_stand_beside_the_model_that_they_were_made_of(tiny_teacher, tone_manifest, tmp_path, capsys):
+    pytest.importorskip("ctranslate2", exc_type=ImportError)
+    folder = str(tmp_path / "int8")
+    export_model(tiny_teacher, "ctranslate2", folder, precision="int8")
+    arguments = ["bench", "--models", tiny_teacher, folder, "--manifest", str(tone_manifest), "--max-clips", "2"]
+    main([*arguments, "--max-new-tokens", "4", "--json"])
+    source, export = json.loads(capsys.readouterr().out)["models"]
+    assert export["name"] == folder and export["parameters"] == source["parameters"]
+    assert 0 < export["latency_median_seconds"] <= export["latency_p95_seconds"]
+    assert export["rtfx"] > 0 and export["rtfx_batched"] > 0 and export["size_megabytes"] > 1
+    assert export["load_seconds"] > 0 and export["wer"] is not None
+    with pytest.raises(ValueError, match="is an export, which takes no assistant"):
+        bench_models([folder], tone_manifest, decoding=DECODING, assistant_name=tiny_teacher)
+
+
+def test_a_format_that_takes_one_clip_at_a_time_has_no_batched_throughput(
+    tiny_teacher, tone_manifest, tmp_path, monkeypatch
+):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx/export.json").write_text('{"format": "onnx", "parameters": 7}')
+    said = []  # a runtime that only counts
+    monkeypatch.setattr(
+        bench, "load_transcriber", lambda name, **options: lambda clip: said.append(len(clip)) or "a tone"
+    )
+    found = bench_models([tiny_teacher, str(tmp_path / "onnx")], tone_manifest, decoding=DECODING, max_clips=2)
+    _, export = found["models"]
+    assert export["rtfx_batched"] is None and export["rtfx"] > 0 and export["parameters"] == 7
+    assert export["wer"] == 0.0
+    assert said == [16000] + 4 * [19200]  # loading, warm-up twice, each clip once; padded to the batch for all alike
+
+
 def test_bench_has_help(capsys):
     with pytest.raises(SystemExit) as error:
         main(["bench", "--help"])
@@ -116,7 +149,7 @@ def test_bench_has_help(capsys):
 
 
 def test_missing_values_stand_as_dashes_in_the_table():
-    measures = dict.fromkeys(bench.COLUMNS, 1) | {"name": "m", "peak_memory_megabytes": None}
+    measures = dict.fromkeys(COLUMNS, 1) | {"name": "m", "peak_memory_megabytes": None}
     result = {"models": [measures], "num_clips": 1, "audio_seconds": 2.0, "num_skipped": 0, "batch_size": 8}
     lines = list(table_lines(result | {"device": "cpu", "num_threads": 1, "reference": "the manifest's text"}))
     assert lines[1].split() == ["m", "1", "1", "1.00", "1.000", "1.000", "1.0", "1.0", "-", "1.00"]
