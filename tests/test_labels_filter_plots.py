@@ -12,6 +12,7 @@ OFF = {
     "max_compression_ratio": None,
     "max_repeated_5grams": None,
     "drop_all_caps": False,
+    "drop_empty": False,
     "drop_unfinished": False,
 }
 

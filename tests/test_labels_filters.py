@@ -20,7 +20,7 @@ from speechkd.labels.filters import (
     label_wer,
     repeated_ngrams,
 )
-from speechkd.labels.scores import write_scores
+from speechkd.labels.score_store import write_scores
 
 TEN_WORDS = "one day we will all go home to sleep well"
 OFF = {
@@ -28,6 +28,7 @@ OFF = {
     "max_compression_ratio": None,
     "max_repeated_5grams": None,
     "drop_all_caps": False,
+    "drop_empty": False,
     "drop_unfinished": False,
 }
 
@@ -149,9 +150,7 @@ def test_short_loops_that_hardly_compress_are_dropped_by_repeats(text):
     assert not is_kept(row)
 
 
-@pytest.mark.parametrize(
-    "text", ["8483390215", "call 07700 900123", "one million is 1,000,000", "no no no no no no", ""]
-)
+@pytest.mark.parametrize("text", ["8483390215", "call 07700 900123", "one million is 1,000,000", "no no no no no no"])
 def test_ordinary_digit_strings_and_short_repeats_are_kept(text):
     assert is_kept(label(text))
 
@@ -170,8 +169,14 @@ def test_ordinary_digit_strings_and_short_repeats_are_kept(text):
 )
 def test_all_caps_needs_cased_letters_and_only_capitals(text, expected):
     assert all_caps(text) is expected
-    assert is_kept(label(text)) is not expected
-    assert is_kept(label(text), drop_all_caps=False)
+    assert is_kept(label(text), drop_empty=False) is not expected
+    assert is_kept(label(text), drop_all_caps=False, drop_empty=False)
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_labels_without_a_word_are_dropped(text):
+    assert not is_kept(label(text), drop_empty=True)
+    assert is_kept(label(text), drop_empty=False)
 
 
 def test_report_counts_what_each_filter_alone_keeps_and_all_together():
@@ -189,9 +194,10 @@ def test_report_counts_what_each_filter_alone_keeps_and_all_together():
         "min_mean_logprob",
         "max_repeated_5grams",
         "drop_all_caps",
+        "drop_empty",
         "drop_unfinished",
     ]
-    assert [one["kept_utterances"] for one in counts["filters"].values()] == [3, 3, 4, 3, 4]
+    assert [one["kept_utterances"] for one in counts["filters"].values()] == [3, 3, 4, 3, 4, 4]
     assert counts["filters"]["max_wer"]["kept_hours"] == pytest.approx(0.012)
     assert counts["filters"]["max_wer"]["kept_share"] == 0.75
     assert counts["kept"] == {"kept_utterances": 1, "kept_hours": pytest.approx(0.001), "kept_share": 0.25}
@@ -460,7 +466,7 @@ def test_a_missing_score_is_named_with_what_computes_it():
     rows = scored(lm_nll=[1.0, 2.0])
     del rows[1]["lm_nll"]
     with pytest.raises(
-        ValueError, match="1 of 2 labels have no number as lm_nll, the first is '1'; .*language_model_n"
+        ValueError, match="1 of 2 labels have no number as lm_nll, the first is '1'; `speechkd scores .*language-model"
     ):
         kept_ids(rows, {"name": "lm_nll", "threshold": 3.0})
     with pytest.raises(ValueError, match="no number as lm_nll, the first is '0'"):

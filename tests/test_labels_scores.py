@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -17,12 +16,10 @@ from speechkd.labels.scores import (
     mean_entropy,
     normalize_label,
     proxy_wer,
-    read_scores,
     speech_text_cosine,
     speech_text_scores,
     token_entropies,
     whisper_label_entropy,
-    write_scores,
 )
 
 HINDI = "हिन्दी में"
@@ -245,37 +242,19 @@ def test_language_model_reads_no_further_than_its_context():
     assert long == pytest.approx(cut)
 
 
+def test_the_token_that_separates_documents_precedes_a_text():
+    model = tiny_language_model()
+    plain = word_tokenizer(bos_token="<s>")
+    separated = word_tokenizer(bos_token="<s>")
+    separated.add_tokens(["<|endoftext|>"])
+    model.resize_token_embeddings(len(separated))
+    ids = torch.tensor([[len(WORDS), separated.convert_tokens_to_ids("two")]])
+    with torch.no_grad():
+        expected = -model(ids).logits[0, 0].log_softmax(dim=-1)[ids[0, 1]].item()
+    assert language_model_nll(["two"], model, separated)[0] == pytest.approx(expected, rel=1e-5)
+    assert language_model_nll(["two"], model, plain)[0] != pytest.approx(expected, rel=1e-2)
+
+
 def test_language_model_without_start_token_is_refused():
     with pytest.raises(ValueError, match="has no bos_token and no eos_token"):
         language_model_nll(["one"], tiny_language_model(), word_tokenizer())
-
-
-def test_scores_are_kept_by_id_and_added_to_those_before(tmp_path):
-    path = tmp_path / "scores.jsonl"
-    write_scores(path, ["a", "b"], {"proxy_wer": [0.0, math.inf]})
-    write_scores(path, ["b", "a"], {"lm_nll": np.array([np.nan, 2.5], dtype=np.float32)})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"id": "a", "proxy_wer": 0.0, "lm_nll": 2.5},
-        {"id": "b", "proxy_wer": None, "lm_nll": None},
-    ]
-    assert read_scores(path, [{"id": "a", "text": "x"}]) == [{"id": "a", "text": "x", "proxy_wer": 0.0, "lm_nll": 2.5}]
-
-
-def test_scores_of_too_few_utterances_are_refused(tmp_path):
-    path = tmp_path / "scores.jsonl"
-    with pytest.raises(ValueError, match="'lm_nll' has 1 values for 2 utterances"):
-        write_scores(path, ["a", "b"], {"lm_nll": [1.0]})
-    assert not path.exists()
-    with pytest.raises(ValueError, match="scores.jsonl does not exist; write it with"):
-        read_scores(path, [{"id": "a"}])
-    write_scores(path, ["a"], {"lm_nll": [1.0]})
-    with pytest.raises(ValueError, match="lacks 1 of 2 labels, the first is 'b'"):
-        read_scores(path, [{"id": "a"}, {"id": "b"}])
-
-
-@pytest.mark.parametrize("content", ['{"lm_nll": 1.0}\n', '{"id": "a"\n', "[1]\n"])
-def test_a_scores_file_that_is_none_is_named(tmp_path, content):
-    path = tmp_path / "scores.jsonl"
-    path.write_text(content + '{"id": "b"}\n')
-    with pytest.raises(ValueError, match="scores.jsonl is not JSONL with an id in every line"):
-        read_scores(path, [{"id": "b"}])

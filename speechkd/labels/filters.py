@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from speechkd.labels.score_store import read_scores
 from speechkd.labels.scores import (
     LabelNormalizer,
     all_caps,
@@ -18,7 +19,6 @@ from speechkd.labels.scores import (
     length_deviations,
     normalize_label,
     num_characters,
-    read_scores,
     repeated_ngrams,
 )
 from speechkd.labels.scores import compression_ratio as compression_ratio  # labelling imports it from here
@@ -42,10 +42,10 @@ HIGHER_IS_BETTER: frozenset[ScoreName] = frozenset({"speech_text_cosine", "confi
 NEED_REFERENCES: frozenset[ScoreName] = frozenset({"wer", "cer"})
 # The rows or `scores_file` must hold these, since they need more than a row: what computes each
 STORED_SCORES: dict[ScoreName, str] = {
-    "proxy_wer": "speechkd.labels.scores.proxy_wer",
-    "speech_text_cosine": "speechkd.labels.scores.speech_text_scores",
-    "mean_entropy": "speechkd.labels.scores.whisper_label_entropy",
-    "lm_nll": "speechkd.labels.scores.language_model_nll",
+    "proxy_wer": "`speechkd scores --scores proxy_wer --proxy-labels DIR`",
+    "speech_text_cosine": "`speechkd scores --scores speech_text_cosine --speech-encoder M --text-encoder M`",
+    "mean_entropy": "`speechkd scores --scores mean_entropy`",
+    "lm_nll": "`speechkd scores --scores lm_nll --language-model M`",
     "compression_ratio": "`speechkd label`",
     "confidence": "`speechkd label`",
 }
@@ -106,11 +106,12 @@ class FilterConfig:
         max_repeated_5grams: how many five-word (or five-digit) runs may repeat an earlier one. 1 leaves one phrase said
             twice and drops loops, also short ones such as seven times the same digit.
         drop_all_caps: drop labels in capitals only; those without any cased letter stay.
+        drop_empty: drop labels without a word, which would teach a student to be silent.
         drop_unfinished: drop labels that the length limit cut off; without an end token they teach a student to run on.
         scores: further filters, each on one score.
         combine_scores: whether a label must pass all of `scores` ("and") or any one of them ("or"). The filters above
             hold in both cases.
-        scores_file: JSONL of `speechkd.labels.scores.write_scores` with scores that the label store lacks.
+        scores_file: `scores.jsonl` of `speechkd scores`, with scores that the label store lacks.
     """
 
     max_wer: float | None = None
@@ -120,6 +121,7 @@ class FilterConfig:
     max_compression_ratio: float | None = 2.4
     max_repeated_5grams: int | None = 1
     drop_all_caps: bool = True
+    drop_empty: bool = True
     drop_unfinished: bool = True
     scores: list[ScoreFilter] = field(default_factory=list)
     combine_scores: Literal["and", "or"] = "and"
@@ -286,7 +288,7 @@ def label_scores(
             raise ValueError(
                 f"{len(lacking)} of {len(rows)} labels have no number as {column}, the first is {lacking[0]!r}; "
                 f"{STORED_SCORES[name]} computes it"
-                + ("" if STORED_SCORES[name].startswith("`") else ", write_scores keeps it for filters.scores_file")
+                + (", and filters.scores_file names its scores.jsonl" if "scores" in STORED_SCORES[name] else "")
             )
         values = np.array([row[column] for row in rows], dtype=np.float64)  # None becomes NaN
         return np.exp(values) if name == "confidence" else values
@@ -386,6 +388,8 @@ def _active_filters(config: FilterConfig) -> dict[str, Callable[[dict[str, Any]]
         filters["max_repeated_5grams"] = lambda row: repeated_ngrams(row["text"])[0] <= max_repeated
     if config.drop_all_caps:
         filters["drop_all_caps"] = lambda row: not all_caps(row["text"])
+    if config.drop_empty:
+        filters["drop_empty"] = lambda row: bool(row["text"].strip())
     if config.drop_unfinished:
         filters["drop_unfinished"] = lambda row: row.get("finished", True)
     return filters

@@ -1,10 +1,7 @@
 """Scores of pseudo-labels, with a reference (Distil-Whisper) and without one (uDistil-Whisper).
 
-Gandhi et al. 2023, https://arxiv.org/abs/2311.00430; Waheed et al. 2025, https://arxiv.org/abs/2407.01257. What needs
-another model is computed once, kept with `write_scores` and named in `FilterConfig.scores_file`:
-
-    proxy = proxy_wer(rows, proxy_store.rows(), "keep_marks")
-    write_scores("labels/scores.jsonl", [row["id"] for row in rows], {"proxy_wer": proxy})
+Gandhi et al. 2023, https://arxiv.org/abs/2311.00430; Waheed et al. 2025, https://arxiv.org/abs/2407.01257. Those that
+need another model are computed once for a whole label store, by `speechkd.labels.score_labels`.
 """
 
 import math
@@ -13,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, WhisperForConditionalGeneration
 from whisper_normalizer.basic import BasicTextNormalizer
 
-from speechkd.files import read_jsonl, write_jsonl
 from speechkd.metrics.wer import get_normalizer
 
 LabelNormalizer = Literal["english", "basic", "none", "keep_marks", "arabic"]
@@ -315,7 +310,9 @@ def language_model_nll(
 ) -> np.ndarray:
     """Mean negative log-likelihood per token of each text under a causal language model; low is likely language.
 
-    The tokenizer's start token, else its end token, precedes a text, so that its first token counts too.
+    What separates documents in the model's training precedes a text, so that its first token counts too: the token
+    `<|endoftext|>` where there is one, else the start token, else the end token. The start token of a chat model
+    announces a role, after which no sentence is likely.
 
     Args:
         texts: labels; at most the model's context of each is read.
@@ -329,7 +326,8 @@ def language_model_nll(
     Raises:
         ValueError: the tokenizer has neither a start nor an end token.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    candidates = (tokenizer.get_vocab().get("<|endoftext|>"), tokenizer.bos_token_id, tokenizer.eos_token_id)
+    start = next((token for token in candidates if token is not None), None)
     if start is None:
         raise ValueError(f"{type(tokenizer).__name__} has no bos_token and no eos_token; set one to precede each text")
     context = getattr(model.config, "max_position_embeddings", None)
@@ -347,51 +345,6 @@ def language_model_nll(
         sums = (losses * mask[:, 1:]).sum(dim=-1)
         values[chosen] = (sums / (lengths - 1)).double().cpu().numpy()
     return values
-
-
-def write_scores(path: str | Path, ids: Sequence[str], scores: Mapping[str, Sequence[float] | np.ndarray]) -> None:
-    """Keep scores for `FilterConfig.scores_file`: JSONL with `id` and one field a score.
-
-    Args:
-        path: written atomically; scores that the file already has for these ids stay unless they are given anew.
-        ids: of the utterances.
-        scores: name to one value an id; NaN and infinity are written as null and no filter on them lets them pass.
-
-    Raises:
-        ValueError: a score has another number of values than there are ids.
-    """
-    columns = {}
-    for name, values in scores.items():
-        if len(values) != len(ids):
-            raise ValueError(f"score {name!r} has {len(values)} values for {len(ids)} utterances; give one each")
-        columns[name] = [float(value) if math.isfinite(value) else None for value in values]
-    rows = {row["id"]: row for row in read_jsonl(path)}
-    for index, key in enumerate(ids):
-        rows[key] = {**rows.get(key, {"id": key}), **{name: values[index] for name, values in columns.items()}}
-    write_jsonl(path, list(rows.values()))
-
-
-def read_scores(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Label rows with the scores of a file that `write_scores` wrote; what a row holds already stays.
-
-    Raises:
-        ValueError: there is no such file, it is not JSONL with ids, or it lacks utterances.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"scores_file {path} does not exist; write it with speechkd.labels.scores.write_scores")
-    try:
-        scores = {row["id"]: row for row in read_jsonl(path)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"scores_file {path} is not JSONL with an id in every line: {error!r}; write it again"
-        ) from error
-    lacking = [row["id"] for row in rows if row["id"] not in scores]
-    if lacking:
-        raise ValueError(
-            f"scores_file {path} lacks {len(lacking)} of {len(rows)} labels, the first is {lacking[0]!r}; "
-            "compute the scores of all labels"
-        )
-    return [{**scores[row["id"]], **row} for row in rows]
 
 
 @cache
