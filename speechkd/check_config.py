@@ -21,6 +21,7 @@ from speechkd.data.collate import WhisperTokens
 from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from speechkd.data.hub import read_utterances
 from speechkd.data.manifest import Manifest
+from speechkd.data.whisper import clip_ids
 from speechkd.doctor import free_disk_gb
 from speechkd.estimate import estimate_costs, find_recipe, load_recipe, recipe_config_class
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError
@@ -41,6 +42,23 @@ class _Findings:
     def block(self, problem: str, reason: str) -> None:
         self.problems.append(problem)
         self.blocking.append(reason)
+
+
+@dataclasses.dataclass
+class _Source:
+    """One manifest of a configuration and its label store, with the keys that they stand under."""
+
+    name: str
+    manifest_key: str
+    manifest: str
+    labels_key: str
+    labels_dir: str | None
+    split: str
+    language: str | None
+
+    @property
+    def store(self) -> Path:
+        return Path(str(self.labels_dir)) / self.split
 
 
 def check_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -195,36 +213,52 @@ def _check_manifests(
     allowed = getattr(data, "max_skipped_fraction", 0.0)
     manifests: dict[str, Manifest] = {}
     facts: dict[str, Any] = {}
-    for split in SPLITS:
-        source = getattr(data, f"{split}_manifest", None)
-        if source is None:
-            continue
+    for source in _sources(config):
+        name, key, is_trained = source.name, source.manifest_key, source.split != "test"
         try:
-            manifests[split] = read_utterances(source)
+            manifests[name] = read_utterances(source.manifest)
         except ValueError as error:
-            command = f" (`{run_sh}`)" if run_sh and not Path(source).exists() else ""
-            found.problems.append(f"data.{split}_manifest: {error}{command}")
-            if split != "test":
-                found.blocking.append(f"data.{split}_manifest cannot be read")
+            command = f" (`{run_sh}`)" if run_sh and not Path(source.manifest).exists() and name in SPLITS else ""
+            found.problems.append(f"{key}: {error}{command}")
+            if is_trained:
+                found.blocking.append(f"{key} cannot be read")
             continue
-        limit = getattr(data, "max_batch_seconds", None) if split != "test" else None
-        facts[split] = _manifest_facts(manifests[split], window, limit)
-        if too_long := facts[split].get("longer_than_window"):
-            message = f"data.{split}_manifest: {too_long} utterances are longer than the model's {window:g} s"
-            if too_long > allowed * len(manifests[split]):
+        limit = getattr(data, "max_batch_seconds", None) if is_trained else None
+        facts[name] = _manifest_facts(manifests[name], window, limit)
+        if too_long := facts[name].get("longer_than_window"):
+            message = f"{key}: {too_long} utterances are longer than the model's {window:g} s"
+            if too_long > allowed * len(manifests[name]):
                 found.problems.append(f"{message}, above data.max_skipped_fraction={allowed}; cut them")
             else:
                 found.advice.append(f"{message} and will be skipped; cut them")
-        if too_long := facts[split].get("longer_than_batch"):
+        if too_long := facts[name].get("longer_than_batch"):
             found.block(
-                f"data.{split}_manifest: {too_long} utterances fill more than data.max_batch_seconds={limit:g} alone; "
-                "raise it",
+                f"{key}: {too_long} utterances fill more than data.max_batch_seconds={limit:g} alone; raise it",
                 "utterances are longer than a batch",
             )
-    for split in ("dev", "test"):
-        if "train" in manifests and split in manifests:
-            _check_overlap(manifests["train"], manifests[split], split, found)
+    for source in _sources(config):
+        for split in ("dev", "test"):
+            if source.split == "train" and source.name in manifests and split in manifests:
+                _check_overlap(manifests[source.name], source.manifest_key, manifests[split], split, found)
     return manifests, facts
+
+
+def _sources(config: Any) -> list[_Source]:
+    data, language = getattr(config, "data", None), getattr(getattr(config, "decoding", None), "language", None)
+    labels_dir = getattr(data, "labels_dir", None)
+    sources = [
+        _Source(split, f"data.{split}_manifest", manifest, "data.labels_dir", labels_dir, split, language)
+        for split in SPLITS
+        if (manifest := getattr(data, f"{split}_manifest", None)) is not None
+    ]
+    for number, corpus in enumerate(getattr(data, "extra_corpora", None) or []):
+        key, spoken = f"data.extra_corpora[{number}]", corpus.language or language
+        manifest_key, labels_key = f"{key}.train_manifest", f"{key}.labels_dir"
+        name = f"train, {key}"
+        sources.append(
+            _Source(name, manifest_key, corpus.train_manifest, labels_key, corpus.labels_dir, "train", spoken)
+        )
+    return sources
 
 
 def _manifest_facts(manifest: Manifest, window: float | None, max_batch_seconds: float | None) -> dict[str, Any]:
@@ -245,17 +279,17 @@ def _manifest_facts(manifest: Manifest, window: float | None, max_batch_seconds:
     return facts
 
 
-def _check_overlap(train: Manifest, other: Manifest, split: str, found: _Findings) -> None:
+def _check_overlap(train: Manifest, train_key: str, other: Manifest, split: str, found: _Findings) -> None:
     ids = sorted(set(train.ids) & set(other.ids))
     if ids:
         found.problems.append(
-            f"{len(ids)} utterance ids are both in data.train_manifest and data.{split}_manifest, the first is "
+            f"{len(ids)} utterance ids are both in {train_key} and data.{split}_manifest, the first is "
             f"{ids[0]!r}; scores on clips that were trained on mean nothing, split them anew"
         )
     speakers = sorted((set(train.rows["speaker"][:]) & set(other.rows["speaker"][:])) - {None})
     if speakers:
         found.advice.append(
-            f"{len(speakers)} speakers are both in data.train_manifest and data.{split}_manifest, among them "
+            f"{len(speakers)} speakers are both in {train_key} and data.{split}_manifest, among them "
             f"{', '.join(speakers[:3])}; scores then say little about new speakers"
         )
 
@@ -264,75 +298,69 @@ def _check_labels(
     config: Any, model: PreTrainedConfig | None, manifests: dict[str, Manifest], found: _Findings
 ) -> dict[str, Any]:
     """Label stores where the configuration has them, else the lengths of the manifests' texts."""
-    data: Any = getattr(config, "data", None)
     limit = getattr(model, "max_target_positions", None)
-    if getattr(data, "labels_dir", None) is None:
-        return _check_texts(config, model, manifests, limit, found)
     reads_test = getattr(getattr(config, "evaluation", None), "reference", None) == "teacher"
     facts: dict[str, Any] = {}
-    for split in SPLITS:
-        if getattr(data, f"{split}_manifest", None) is None or (split == "test" and not reads_test):
+    for source in _sources(config):
+        manifest = manifests.get(source.name)
+        if source.split == "test" and not (reads_test and source.labels_dir is not None):
             continue
-        folder, command = Path(data.labels_dir) / split, _label_command(config, split)
+        if source.labels_dir is None:
+            if manifest is not None and getattr(model, "model_type", None) == "whisper" and limit is not None:
+                facts[source.name] = _check_texts(config, source, manifest, limit, found)
+            continue
+        folder, command = source.store, _label_command(config, source)
         try:
             store = LabelStore(folder)
             rows = list(store.rows())
         except (LabelStoreError, json.JSONDecodeError, OSError) as error:
-            found.problems.append(f"data.labels_dir: {error}; make it with `{command}`")
-            if split != "test":
+            found.problems.append(f"{source.labels_key}: {error}; make it with `{command}`")
+            if source.split != "test":
                 found.blocking.append(f"the labels in {folder} are missing")
             continue
         lengths = [len(row.get("token_ids", ())) for row in rows]
-        facts[split] = {"num_labels": len(rows), "longest_tokens": max(lengths, default=0)}
+        facts[source.name] = {"num_labels": len(rows), "longest_tokens": max(lengths, default=0)}
         if limit is not None:
-            facts[split]["over_limit"] = _count_long(lengths, limit, f"labels in {folder}", 0.0, found)
-        needs_states = split != "test" and getattr(config.teacher, "cache_encoder_states", False)
+            facts[source.name]["over_limit"] = _count_long(lengths, limit, f"labels in {folder}", 0.0, found)
+        needs_states = source.split != "test" and getattr(config.teacher, "cache_encoder_states", False)
         if needs_states and "encoder_states" not in store.header.get("targets", ()):
             found.block(
                 f"{folder} holds no encoder states, which teacher.cache_encoder_states=true reads; label into another "
                 f"folder with `{command}`, or set it to false",
                 f"{folder} holds no encoder states",
             )
-        if split in manifests:
-            missing = len(set(manifests[split].ids) - {row["id"] for row in rows})
-            if missing == len(manifests[split]):
+        if manifest is not None:
+            missing = len(set(manifest.ids) - {key for row in rows for key in clip_ids(row)})
+            if missing == len(manifest):
                 found.block(
-                    f"{folder} has a label of no utterance of data.{split}_manifest; make them with `{command}`",
+                    f"{folder} has a label of no utterance of {source.manifest_key}; make them with `{command}`",
                     f"the labels in {folder} are missing",
                 )
             elif missing:
                 found.advice.append(
-                    f"{missing} utterances of data.{split}_manifest have no label in {folder}; `{command}` adds them"
+                    f"{missing} utterances of {source.manifest_key} have no label in {folder}; `{command}` adds them"
                 )
     return facts
 
 
-def _check_texts(
-    config: Any, model: PreTrainedConfig | None, manifests: dict[str, Manifest], limit: int | None, found: _Findings
-) -> dict[str, Any]:
-    if getattr(model, "model_type", None) != "whisper" or limit is None:
-        return {}
+def _check_texts(config: Any, source: _Source, manifest: Manifest, limit: int, found: _Findings) -> dict[str, Any]:
     tokenizer = load_processor(config.teacher.name if config.teacher else str(config.student.init_from)).tokenizer
-    tokens = WhisperTokens.from_tokenizer(tokenizer, language=config.decoding.language, task=config.decoding.task)
-    facts: dict[str, Any] = {}
-    for split in ("train", "dev"):
-        if split not in manifests:
-            continue
-        texts = [text for text in manifests[split].rows["text"][:] if text]
-        if len(texts) < len(manifests[split]):
-            found.block(
-                f"{len(manifests[split]) - len(texts)} utterances of data.{split}_manifest have no text; set "
-                "data.labels_dir to train on a teacher's labels",
-                "texts are missing",
-            )
-        encoded = (
-            tokenizer([f" {text.strip()}" for text in texts], add_special_tokens=False)["input_ids"] if texts else []
+    tokens = WhisperTokens.from_tokenizer(tokenizer, language=source.language, task=config.decoding.task)
+    texts = [text for text in manifest.rows["text"][:] if text]
+    if len(texts) < len(manifest):
+        found.block(
+            f"{len(manifest) - len(texts)} utterances of {source.manifest_key} have no text; set {source.labels_key} "
+            "to train on a teacher's labels",
+            "texts are missing",
         )
-        lengths = [len(tokens.prefix) + len(ids) + 1 for ids in encoded]
-        facts[split] = {"num_labels": len(texts), "longest_tokens": max(lengths, default=0)}
-        name = f"texts of data.{split}_manifest"
-        facts[split]["over_limit"] = _count_long(lengths, limit, name, config.data.max_skipped_fraction, found)
-    return facts
+    encoded = tokenizer([f" {text.strip()}" for text in texts], add_special_tokens=False)["input_ids"] if texts else []
+    lengths = [len(tokens.prefix) + len(ids) + 1 for ids in encoded]
+    name, allowed = f"texts of {source.manifest_key}", config.data.max_skipped_fraction
+    return {
+        "num_labels": len(texts),
+        "longest_tokens": max(lengths, default=0),
+        "over_limit": _count_long(lengths, limit, name, allowed, found),
+    }
 
 
 def _count_long(lengths: list[int], limit: int, name: str, allowed_fraction: float, found: _Findings) -> int:
@@ -348,15 +376,19 @@ def _count_long(lengths: list[int], limit: int, name: str, allowed_fraction: flo
     return count
 
 
-def _label_command(config: Any, split: str) -> str:
+def _label_command(config: Any, source: _Source) -> str:
     """The `speechkd label` that makes a label store of this configuration."""
-    data, teacher = config.data, getattr(config, "teacher", None)
+    teacher, decoding = getattr(config, "teacher", None), getattr(config, "decoding", None)
     words = ["speechkd", "label", "--teacher", teacher.name if teacher else "TEACHER"]
-    words += ["--manifest", getattr(data, f"{split}_manifest"), "--output-dir", str(Path(data.labels_dir) / split)]
-    if split != "test" and getattr(teacher, "cache_encoder_states", False):
-        words += ["--targets", "text", "encoder_states"]
-    decoding = getattr(config, "decoding", None)
+    words += ["--manifest", source.manifest, "--output-dir", str(source.store)]
+    stored = [("encoder_states", "cache_encoder_states"), ("topk", "stored_topk")]
+    targets = [target for target, setting in stored if source.split != "test" and getattr(teacher, setting, False)]
+    if targets:
+        words += ["--targets", "text", *targets]
     if decoding is not None:
-        words += ["--language", decoding.language or "none", "--whisper-task", decoding.task]
+        words += ["--language", source.language or "none", "--whisper-task", decoding.task]
         words += ["--max-new-tokens", str(decoding.max_new_tokens)]
+        words += ["--timestamps"] if decoding.timestamps else []
+    if source.split != "test" and getattr(config.data, "pack", False):
+        words += ["--pack"]
     return shlex.join(words)

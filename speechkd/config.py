@@ -31,6 +31,7 @@ class TeacherConfig:
         name: Hub id, local folder or `bundled:<name>`.
         dtype: of its weights; null is float32 on a CPU and the checkpoint's own elsewhere. The student is float32.
         cache_encoder_states: read the frozen encoder's output from the label store instead of running the encoder.
+        stored_topk: read the teacher's likeliest ids from the label store instead of running its decoder.
         license: licence of its weights, which the student's model card repeats.
     """
 
@@ -38,6 +39,31 @@ class TeacherConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     license: str | None = None
     cache_encoder_states: bool = False
+    stored_topk: bool = False
+
+
+@dataclass(kw_only=True)
+class CorpusConfig:
+    """One more corpus to train on.
+
+    Args:
+        train_manifest: its utterances, a manifest or `hub:NAME[:CONFIG]:SPLIT`.
+        labels_dir: folder of its label store `train`; null trains on the manifest's own text.
+        weight: its share of the batches, against `data.weight` and the other corpora's.
+        language: language code of its audio; null is that of `decoding.language`.
+    """
+
+    train_manifest: str
+    labels_dir: str | None = None
+    weight: float = 1.0
+    language: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(
+                f"the weight of {self.train_manifest} is {self.weight}; it must be a positive number, leave out a "
+                "corpus that is not wanted"
+            )
 
 
 @dataclass(kw_only=True)
@@ -50,6 +76,12 @@ class DataConfig:
         dev_manifest: utterances for `trainer.eval_strategy`, by which a student may be chosen; null for none.
         labels_dir: folder of the label stores `train`, `test` and `dev`, written by the teacher; null trains on the
             manifest's own text.
+        weight: share of the batches that `train_manifest` gives, against the weights of `extra_corpora`.
+        extra_corpora: further corpora to train on, each batch from one of them; null for none.
+        pack: join clips of one speaker to windows of up to 30 s; the labels are then those of windows.
+        timestamp_probability: how often a label that has timestamps keeps them, 0 to 1; drawn anew in each epoch.
+        previous_text_probability: how often the label of the window or segment before is the prompt, 0 to 1; drawn
+            anew in each epoch.
         augment: speed, noise and reverberation of the training audio; null for none.
         max_batch_seconds: padded audio seconds per device and step; Whisper pads every clip to 30 s.
         max_skipped_fraction: share of clips that may be undecodable before a run fails.
@@ -60,18 +92,34 @@ class DataConfig:
     test_manifest: str
     dev_manifest: str | None = None
     labels_dir: str | None = None
+    weight: float = 1.0
+    extra_corpora: list[CorpusConfig] | None = None
+    pack: bool = False
+    timestamp_probability: float = 0.0
+    previous_text_probability: float = 0.0
     augment: WaveformAugmentConfig | None = None
     max_batch_seconds: float = 240.0
     max_skipped_fraction: float = 0.01
     num_workers: int = 0
+
+    @property
+    def corpora(self) -> list[CorpusConfig]:
+        """What is trained on, `train_manifest` first."""
+        first = CorpusConfig(train_manifest=self.train_manifest, labels_dir=self.labels_dir, weight=self.weight)
+        return [first, *(self.extra_corpora or [])]
 
     def __post_init__(self) -> None:
         if not 0 < self.max_batch_seconds < math.inf:
             raise ValueError(f"data.max_batch_seconds must be a positive number, got {self.max_batch_seconds}")
         if not 0 <= self.max_skipped_fraction <= 1:
             raise ValueError(f"data.max_skipped_fraction must be 0 to 1, got {self.max_skipped_fraction}")
+        for name in ("timestamp_probability", "previous_text_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} must be 0 to 1, got {getattr(self, name)}")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"data.weight must be a positive number, got {self.weight}")
 
 
 @dataclass(kw_only=True)

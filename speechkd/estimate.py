@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from transformers import TrainerCallback
@@ -301,11 +302,15 @@ def measure_step(recipe: Path, arguments: list[str]) -> dict[str, Any]:
 def _costliest_batch(trainer: Any) -> tuple[list[int], dict[str, Any], float]:
     """Indices of the batch with most padded seconds, then most label tokens; the batch; the seconds of loading it."""
     batches = list(trainer.sampler)
-    manifest = getattr(trainer.train_dataset, "manifest", None)
-    durations = None if manifest is None else manifest.durations_seconds
+    corpora = getattr(trainer.train_dataset, "datasets", [trainer.train_dataset])  # those of a mixture
+    durations = _joined([getattr(getattr(corpus, "manifest", None), "durations_seconds", None) for corpus in corpora])
+    label_lengths = _joined([getattr(corpus, "label_lengths", None) for corpus in corpora])
 
     def longest(batch: list[int]) -> float:
         return 0.0 if durations is None else float(durations[batch].max())
+
+    def label_cost(batch: list[int]) -> float:
+        return 0.0 if label_lengths is None else len(batch) * float(label_lengths[batch].max())
 
     def cost(entry: tuple[list[int], dict[str, Any], float]) -> tuple[float, int]:
         labels = entry[1].get("labels")
@@ -313,7 +318,14 @@ def _costliest_batch(trainer: Any) -> tuple[list[int], dict[str, Any], float]:
 
     by_size = sorted(batches, key=lambda batch: (len(batch), longest(batch)))[-2:]
     by_seconds = sorted(batches, key=lambda batch: len(batch) * longest(batch))[-2:]  # where clips are padded alike
-    return max(_loaded(trainer, [*by_size, *by_seconds]), key=cost)
+    by_labels = sorted(batches, key=label_cost)[-2:]
+    return max(_loaded(trainer, [*by_size, *by_seconds, *by_labels]), key=cost)
+
+
+def _joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:
+    """One array of all; None where one is missing."""
+    known = [array for array in arrays if array is not None]
+    return np.concatenate(known) if known and len(known) == len(arrays) else None
 
 
 def _loaded(trainer: Any, batches: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Any], float]]:

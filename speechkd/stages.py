@@ -73,8 +73,8 @@ def _has_content(output: Path) -> bool:
 
 
 def _set_values(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What is not null, flat: a setting that a newer version added, and that is null, changes nothing."""
-    return {key: value for key, value in _flat(inputs).items() if value is not None}
+    """What is not null, off, zero or empty, flat: such a setting changes nothing where an older version lacked it."""
+    return {key: value for key, value in _flat(inputs).items() if value}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

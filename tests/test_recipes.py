@@ -1,34 +1,42 @@
 """Every recipe on a tiny random teacher and generated audio: two steps, scores, and a student for stock tools."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import train
-from conftest import ROOT
+from conftest import ROOT, write_tone
 from evaluate import main as evaluate
 from safetensors.torch import load_file
 
+from speechkd.data.manifest import write_manifest
 from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStoreError
+from speechkd.models.whisper import student_from_teacher
+from speechkd.teachers import load_whisper
 
 YAMLS = sorted((ROOT / "recipes/distil_whisper").glob("*.yaml"))
+FSDD = ROOT / "recipes/distil_whisper/fsdd.yaml"
 pytestmark = pytest.mark.recipe
 
 
+@pytest.fixture(scope="session")
+def label_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labels of the tones, made by the first test that wants them."""
+    return tmp_path_factory.mktemp("labels") / "store"
+
+
 @pytest.fixture
-def labels(tiny_teacher: str, tone_manifest: Path) -> Path:
+def labels(tiny_teacher: str, tone_manifest: Path, label_cache: Path) -> Path:
     folder = tone_manifest.parent / "labels"
+    if not label_cache.exists():
+        decoding, targets = DecodingConfig(max_new_tokens=6), ("text", "encoder_states")
+        label_manifest(tiny_teacher, tone_manifest, label_cache, decoding=decoding, targets=targets)
     for split in ("train", "test"):
-        label_manifest(
-            tiny_teacher,
-            tone_manifest,
-            folder / split,
-            decoding=DecodingConfig(max_new_tokens=6),
-            targets=("text", "encoder_states"),
-        )
+        shutil.copytree(label_cache, folder / split)
     return folder
 
 
@@ -40,6 +48,7 @@ def arguments(path: Path, teacher: str, manifest: Path, labels: Path, *more: str
         "data.labels_dir": labels,
         "data.max_batch_seconds": 60,
         "data.num_workers": 0,
+        "decoding.language": "en",
         "decoding.max_new_tokens": 6,
         "decoding.num_workers": 0,
         "filters.max_wer": "null",
@@ -70,7 +79,7 @@ def test_every_recipe_trains_two_steps(path, tiny_teacher, tone_manifest, labels
 
 
 def test_a_student_is_scored_and_loads_in_stock_transformers(tiny_teacher, tone_manifest, labels):
-    argv = arguments(YAMLS[1], tiny_teacher, tone_manifest, labels)
+    argv = arguments(FSDD, tiny_teacher, tone_manifest, labels)
     train.main(argv)
     evaluate(argv)
     run = tone_manifest.parent / "run"
@@ -96,7 +105,7 @@ def test_live_encoders_give_the_loss_of_cached_states(tiny_teacher, tone_manifes
     for cached in ("true", "false"):
         run = tone_manifest.parent / f"cached-{cached}"
         more = (f"--trainer.output_dir={run}", f"--teacher.cache_encoder_states={cached}", "--trainer.logging_steps=1")
-        train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels, *more))
+        train.main(arguments(FSDD, tiny_teacher, tone_manifest, labels, *more))
         losses.append(
             [json.loads(line).get("loss/total") for line in (run / "train_log.jsonl").read_text().splitlines()]
         )
@@ -104,7 +113,7 @@ def test_live_encoders_give_the_loss_of_cached_states(tiny_teacher, tone_manifes
 
 
 def test_training_without_a_teacher_uses_the_manifests_text(tiny_teacher, tone_manifest):
-    argv = arguments(YAMLS[3], tiny_teacher, tone_manifest, tone_manifest.parent / "none")
+    argv = arguments(FSDD, tiny_teacher, tone_manifest, tone_manifest.parent / "none")
     argv = [item for item in argv if not item.startswith(("--teacher.name", "--data.labels_dir"))]
     train.main(
         [*argv, "--teacher=null", "--data.labels_dir=null", f"--student.init_from={tiny_teacher}", "--loss.kl=0"]
@@ -116,7 +125,7 @@ def test_labels_of_another_teacher_are_refused(tiny_teacher, tone_manifest, labe
     header = labels / "train/header.json"
     header.write_text(header.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
     with pytest.raises(LabelStoreError, match="come from teacher .* but this run has"):
-        train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels))
+        train.main(arguments(FSDD, tiny_teacher, tone_manifest, labels))
 
 
 def test_the_best_student_on_the_development_set_is_kept(tiny_teacher, tone_manifest, labels):
@@ -130,7 +139,7 @@ def test_the_best_student_on_the_development_set_is_kept(tiny_teacher, tone_mani
         "trainer.learning_rate": 100.0,  # the second step can only make it worse
     }
     more = [f"--{key}={value}" for key, value in options.items()]
-    train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels, *more))
+    train.main(arguments(FSDD, tiny_teacher, tone_manifest, labels, *more))
     run = tone_manifest.parent / "run"
     log = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
     evaluations = {row["step"]: row["eval_loss"] for row in log if "eval_loss" in row}
@@ -147,6 +156,64 @@ def test_training_on_labels_that_are_not_finished_is_refused(tiny_teacher, tone_
     with tone_manifest.open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in more)
     with pytest.raises(ValueError, match="2 of 8 utterances have no label in .*max_skipped_fraction=0.01; finish"):
-        train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels))
+        train.main(arguments(FSDD, tiny_teacher, tone_manifest, labels))
     more = ("--data.max_skipped_fraction=0.3", f"--trainer.output_dir={tone_manifest.parent / 'allowed'}")
-    train.main(arguments(YAMLS[1], tiny_teacher, tone_manifest, labels, *more))
+    train.main(arguments(FSDD, tiny_teacher, tone_manifest, labels, *more))
+
+
+def test_windows_are_trained_on_with_timestamps_and_the_text_before(tiny_teacher, tmp_path):
+    rows = []
+    for index in range(5):
+        write_tone(tmp_path / f"{index}.wav", 12.0, pitch_hz=200 + 50 * index)
+        row = {"id": f"clip-{index}", "audio": f"{index}.wav", "duration_seconds": 12.0, "sample_rate_hz": 16_000}
+        rows.append({**row, "text": "a tone"})
+    write_manifest(tmp_path / "clips.jsonl", rows)
+    decoding = DecodingConfig(max_new_tokens=6, timestamps=True)
+    options = {"decoding": decoding, "targets": ("text", "encoder_states"), "pack": True}
+    label_manifest(tiny_teacher, tmp_path / "clips.jsonl", tmp_path / "labels/train", **options)
+    more = ["--data.pack=true", "--decoding.timestamps=true", "--data.timestamp_probability=0.5"]
+    more += ["--data.previous_text_probability=1.0", "--filters.drop_all_caps=false"]
+    train.main(arguments(FSDD, tiny_teacher, tmp_path / "clips.jsonl", tmp_path / "labels", *more))
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["train_utterances"] == 3 and run["train_hours"] == pytest.approx(60 / 3600)
+
+
+def test_a_run_may_start_from_another_student_on_the_teachers_encoder_states(tiny_teacher, tone_manifest, labels):
+    other = tone_manifest.parent / "other"
+    student_from_teacher(load_whisper(tiny_teacher), decoder_layers=1).save_pretrained(other)
+    train.main(arguments(FSDD, tiny_teacher, tone_manifest, labels, f"--student.init_from={other}"))
+    run = tone_manifest.parent / "run"
+    before, started = load_file(other / "model.safetensors"), load_file(run / "student_init/model.safetensors")
+    assert all(started[name].equal(weight) for name, weight in before.items())
+    assert json.loads((run / "run.json").read_text())["decoder_layers"] == 1
+
+
+def test_a_language_that_the_teacher_lacks_is_refused(tiny_teacher, tone_manifest):
+    given = arguments(FSDD, tiny_teacher, tone_manifest, tone_manifest.parent / "none", "--decoding.language=gem")
+    with pytest.raises(ValueError, match=f"teacher .*{Path(tiny_teacher).name}.* does not know the language 'gem'"):
+        train.main(given)
+
+
+def test_corpora_of_two_languages_share_the_steps(tiny_teacher, tone_manifest, labels):
+    german = tone_manifest.parent / "labels-de"
+    decoding = DecodingConfig(max_new_tokens=6, language="de")
+    label_manifest(tiny_teacher, tone_manifest, german / "train", decoding=decoding, targets=("text", "encoder_states"))
+    corpora = f"[{{train_manifest: {tone_manifest}, labels_dir: {german}, language: de, weight: 1}}]"
+    more = [f"--data.extra_corpora={corpora}", "--trainer.max_steps=4", "--trainer.save_steps=2"]
+    argv = arguments(FSDD, tiny_teacher, tone_manifest, labels, *more)
+    train.main(argv)
+    run = tone_manifest.parent / "run"
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["language"] == ["de", "en"] and facts["train_utterances"] == 12
+    assert "language: ['de', 'en']" in (run / "student/README.md").read_text()
+    trained = load_file(run / "student/model.safetensors")
+    for name in ("run.json", "student"):  # as if the run had been killed after step 2
+        (run / name).rename(run / f"first-{name}")
+    for step in (3, 4):
+        if (run / f"checkpoint-{step}").exists():
+            (run / f"checkpoint-{step}").rename(run / f"first-{step}")
+    began = (run / "checkpoint-2/model.safetensors").stat().st_mtime_ns
+    train.main(argv)
+    assert (run / "checkpoint-2/model.safetensors").stat().st_mtime_ns == began  # it went on from there
+    resumed = load_file(run / "student/model.safetensors")
+    assert all(resumed[name].equal(weight) for name, weight in trained.items())

@@ -11,15 +11,17 @@ from conftest import ROOT
 pytestmark = pytest.mark.recipe
 
 
-def run_sh(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def run_sh(folder: Path, *arguments: str, first_on_path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = path if first_on_path is None else f"{first_on_path}:{path}"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
     command = ["bash", str(ROOT / "recipes/distil_whisper/run.sh"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 
 def test_wrong_words_end_with_2_and_say_what_would_do(tmp_path):
     done = run_sh(tmp_path, "timit")
-    assert done.returncode == 2 and "there are: barista fsdd librispeech quickstart" in done.stderr
+    assert done.returncode == 2 and "there are: barista common_voice" in done.stderr and "quickstart" in done.stderr
     done = run_sh(tmp_path, "fsdd", "--stage", "9")
     assert done.returncode == 2 and "a stage is 1, 2, 3 or 4, not '9'" in done.stderr
     done = run_sh(tmp_path, "fsdd", "--corpus-dir")
@@ -45,3 +47,29 @@ def test_all_stages_run_once_and_a_changed_configuration_is_refused(tmp_path, ti
     forced = run_sh(tmp_path, "quickstart", *options, "--loss.kl=0.5", "--force")
     assert forced.returncode == 0, forced.stderr[-2000:]
     assert forced.stdout.count("finished before, skipped") == 2  # data and labels did not change
+
+
+def test_every_corpus_is_labelled_in_its_language_and_windows_where_they_are_trained_on(tmp_path):
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    (bin_dir / "speechkd").write_text('#!/bin/sh\necho "$@" >> "$0.log"\n')  # stands for the program that is called
+    (bin_dir / "speechkd").chmod(0o755)
+    corpora = "[{train_manifest: fr.jsonl, labels_dir: labels-fr, language: fr}, {train_manifest: x, labels_dir: null}"
+    corpora += ", {train_manifest: more.jsonl, labels_dir: labels-more}]"
+    options = ["--stage", "2", "--stop-stage", "2", "--data.pack=true", "--decoding.timestamps=true"]
+    options += ["--filters.max_wer=null", "--data.labels_dir=labels", "--data.dev_manifest=dev.jsonl"]
+    options += ["--teacher.cache_encoder_states=false", f"--data.extra_corpora={corpora}"]
+    done = run_sh(tmp_path, "quickstart", *options, first_on_path=bin_dir)
+    assert done.returncode == 0, done.stderr
+    logged = (bin_dir / "speechkd.log").read_text().splitlines()
+    assert all(call.startswith("label --teacher bundled:whisper-base --whisper-task transcribe") for call in logged)
+    windows, folder = "--targets text --pack", "data/synthetic_commands"
+    assert [call.split("--max-skipped-fraction 0.01 --timestamps --manifest ")[1] for call in logged] == [
+        f"{folder}/train.jsonl --output-dir labels/train --language en {windows}",
+        f"{folder}/test.jsonl --output-dir labels/test --language en",
+        f"dev.jsonl --output-dir labels/dev --language en {windows}",
+        f"fr.jsonl --output-dir labels-fr/train --language fr {windows}",
+        f"more.jsonl --output-dir labels-more/train --language en {windows}",
+    ]
+    changed = run_sh(tmp_path, "quickstart", *options, "--data.pack=false", first_on_path=bin_dir)
+    assert changed.returncode == 2 and "data.pack was True, now False" in changed.stderr

@@ -36,13 +36,16 @@ resolved=$(mktemp); trap 'rm -f "$resolved"' EXIT
 python "$recipe_dir/train.py" --config "$config" "${overrides[@]}" --print_config > "$resolved" || exit 2
 value() { python -c 'import sys, yaml
 item = yaml.safe_load(open(sys.argv[1]))
-for key in sys.argv[2].split("."): item = (item or {}).get(key)
-print("none" if item is None else item)' "$resolved" "$1"; }
+for key in sys.argv[2].split("."):
+    item = None if item is None else item[int(key)] if key.isdigit() else item.get(key)
+print("none" if item is None else len(item) if isinstance(item, list) else item)' "$resolved" "$1"; }
 run_dir=$(value trainer.output_dir)
 labels_dir=$(value data.labels_dir)
 train_manifest=$(value data.train_manifest)
 test_manifest=$(value data.test_manifest)
 dev_manifest=$(value data.dev_manifest)
+num_extra_corpora=$(value data.extra_corpora)
+[[ $num_extra_corpora != none ]] || num_extra_corpora=0
 data_dir=$(dirname "$train_manifest")
 corpus=$(basename "$data_dir")
 
@@ -67,22 +70,37 @@ prepare() {
 }
 
 label() {
-  [[ $labels_dir != none ]] || { echo "no labels_dir: training on the manifest's own text"; return 0; }
-  local targets=(text)
-  [[ $(value teacher.cache_encoder_states) == True ]] && targets+=(encoder_states)
-  local options=(--teacher "$(value teacher.name)" --language "$(value decoding.language)"
-    --whisper-task "$(value decoding.task)" --batch-size "$(value decoding.batch_size)"
-    --max-new-tokens "$(value decoding.max_new_tokens)" --num-workers "$(value decoding.num_workers)"
-    --max-skipped-fraction "$(value data.max_skipped_fraction)")
-  speechkd label "${options[@]}" --manifest "$train_manifest" --output-dir "$labels_dir/train" --targets "${targets[@]}"
-  speechkd label "${options[@]}" --manifest "$test_manifest" --output-dir "$labels_dir/test"
-  [[ $dev_manifest == none ]] ||
-    speechkd label "${options[@]}" --manifest "$dev_manifest" --output-dir "$labels_dir/dev" --targets "${targets[@]}"
+  local language number extra extra_dir extra_language timestamps=() windows=(--targets text) common
+  language=$(value decoding.language)
+  common=(--teacher "$(value teacher.name)" --whisper-task "$(value decoding.task)"
+    --batch-size "$(value decoding.batch_size)" --max-new-tokens "$(value decoding.max_new_tokens)"
+    --num-workers "$(value decoding.num_workers)" --max-skipped-fraction "$(value data.max_skipped_fraction)")
+  [[ $(value teacher.cache_encoder_states) != True ]] || windows+=(encoder_states)
+  [[ $(value teacher.stored_topk) != True ]] || windows+=(topk)
+  [[ $(value decoding.timestamps) != True ]] || timestamps=(--timestamps)
+  [[ $(value data.pack) != True ]] || windows+=(--pack)
+  # label_split MANIFEST OUTPUT_DIR LANGUAGE [MORE OPTIONS]
+  label_split() { speechkd label "${common[@]}" "${timestamps[@]}" --manifest "$1" --output-dir "$2" --language "${@:3}"; }
+  if [[ $labels_dir == none ]]; then
+    echo "no data.labels_dir: training on the manifest's own text"
+  else
+    label_split "$train_manifest" "$labels_dir/train" "$language" "${windows[@]}"
+    label_split "$test_manifest" "$labels_dir/test" "$language"
+    [[ $dev_manifest == none ]] || label_split "$dev_manifest" "$labels_dir/dev" "$language" "${windows[@]}"
+  fi
+  for (( number = 0; number < num_extra_corpora; number++ )); do
+    extra=data.extra_corpora.$number
+    extra_dir=$(value "$extra.labels_dir") extra_language=$(value "$extra.language")
+    [[ $extra_language != none ]] || extra_language=$language
+    [[ $extra_dir == none ]] ||
+      label_split "$(value "$extra.train_manifest")" "$extra_dir/train" "$extra_language" "${windows[@]}"
+  done
 }
 
 run_stage 1 prepare "$data_dir/.stage-prepare.json" "data.train_manifest data.test_manifest" "$data_dir" prepare
 run_stage 2 label "$labels_dir/.stage-label.json" \
-  "teacher data.train_manifest data.test_manifest data.dev_manifest data.max_skipped_fraction decoding" "$labels_dir" label
+  "teacher data.train_manifest data.test_manifest data.dev_manifest data.extra_corpora data.pack data.max_skipped_fraction decoding" \
+  "$labels_dir" label
 run_stage 3 train "$run_dir/.stage-train.json" "teacher data student loss decoding filters trainer" "$run_dir" \
   python "$recipe_dir/train.py" --config "$resolved"
 run_stage 4 evaluate "$run_dir/.stage-evaluate.json" "teacher data decoding evaluation trainer" \

@@ -1,14 +1,19 @@
-"""Tables of the recipe's README, out of the results.json of finished runs.
+"""Tables of the recipe's README, out of the results.json of finished runs or other measurements in JSON.
 
 Launch: python recipes/distil_whisper/tabulate_results.py exp/distil_whisper/fsdd-seed* [--readme FILE --marker NAME]
-With --readme the table replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` there.
+With --readme the table replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` there. --group-by layers has
+one row for each depth of the students, --group-by name one for each folder name without its -seedN. One JSON file in
+place of the folders, such as the output of `speechkd bench --json`, is written out as it is.
 """
 
 import argparse
 import json
+import re
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from speechkd.files import atomic_write
 
 COLUMNS = [
     ("wer", "WER %"),
@@ -19,6 +24,15 @@ COLUMNS = [
     ("rtfx", "RTFx"),
     ("file_megabytes", "file MB"),
 ]
+
+
+GROUP_COLUMNS = [
+    *COLUMNS,
+    ("train_hours", "trained on h"),
+    ("decoding_1", "decoding, batch 1"),
+    ("decoding_8", "batch 8"),
+]
+Group = tuple[str, list[dict[str, float]]]
 
 
 def format_table(*runs: dict[str, Any]) -> str:
@@ -81,26 +95,151 @@ def stage_times(run_dirs: list[Path]) -> str:
     return "\n".join(lines)
 
 
+def group_measures(run_dirs: list[Path], results: list[dict[str, Any]], by: Literal["layers", "name"]) -> list[Group]:
+    """The teacher and the students of each group, by name, with the measures of each run.
+
+    Args:
+        run_dirs: run folders.
+        results: their results.json.
+        by: "layers" groups by the students' decoder layers, "name" by the folder's name without -seedN.
+
+    Returns:
+        Groups in the order of their depth, or of their first folder. "decoding_1" and "decoding_8" are how many times
+        as fast as the teacher a student decodes, per token, in batches of 1 and 8.
+
+    Raises:
+        SystemExit: the runs are not scored on the same utterances.
+    """
+    manifests = sorted({result["models"]["student after"]["manifest"] for result in results})
+    if len(manifests) > 1:
+        raise SystemExit(f"error: the runs are scored on {' and '.join(manifests)}; give those of one test manifest")
+    students: dict[Any, list[dict[str, float]]] = {}
+    teachers = []
+    for run_dir, result in zip(run_dirs, results, strict=True):
+        speeds = {
+            f"decoding_{batch_size}": teacher / student
+            for batch_size, (teacher, student) in result.get("decode_seconds_per_step", {}).items()
+        }
+        key = result["run"]["decoder_layers"] if by == "layers" else re.sub(r"-seed\d+$", "", run_dir.name)
+        measures = {**result["models"]["student after"], "train_hours": result["run"]["train_hours"], **speeds}
+        students.setdefault(key, []).append(measures)
+        if "teacher" in result["models"]:
+            teachers.append({**result["models"]["teacher"], **dict.fromkeys(speeds, 1.0)})
+    keys = sorted(students) if by == "layers" else list(students)
+    names = {key: f"{key} layer{'s' if key > 1 else ''}" if by == "layers" else key for key in keys}
+    return [*([("teacher", teachers)] if teachers else []), *((names[key], students[key]) for key in keys)]
+
+
+def format_groups(groups: list[Group]) -> str:
+    """Markdown table with one row a group: mean, and deviation over its runs."""
+    present = [(key, title) for key, title in GROUP_COLUMNS if any(key in run for _, runs in groups for run in runs)]
+    lines = ["| model | " + " | ".join(title for _, title in present) + " |", "|---|" + "---:|" * len(present)]
+    for name, runs in groups:
+        cells = []
+        for key, _ in present:
+            scale = 1e-6 if key.endswith("parameters") else 1.0
+            values = [run[key] * scale for run in runs if key in run]
+            times = " times" if key.startswith("decoding") else ""
+            cells.append(_mean_and_deviation(values) + times if values else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def format_groups_with_notes(run_dirs: list[Path], results: list[dict[str, Any]], by: Literal["layers", "name"]) -> str:
+    """`format_groups`, and what all runs have in common."""
+    groups = group_measures(run_dirs, results, by)
+    student = results[0]["models"]["student after"]
+    runs = ", ".join(f"{name}: {len(of_group)}" for name, of_group in groups if name != "teacher")
+    note = (
+        f"{student['num_utterances']} utterances of {student['manifest']}, {student['num_reference_words']} words of "
+        f"{student['reference']}, normaliser {student['normalizer']}. Runs: {runs}. {results[0]['device']}, "
+        f"{results[0]['run']['date']}."
+    )
+    return f"{format_groups(groups)}\n\n{note}"
+
+
+def format_measurements(content: dict[str, Any] | list[dict[str, Any]]) -> str:
+    """Markdown table of measurements: one row an object.
+
+    Args:
+        content: a list of objects, an object of objects by name, an object with such a list as `models` (of `speechkd
+            bench --json`), or an object of plain values. Plain values beside `models` follow the table.
+    """
+    if isinstance(content, dict) and isinstance(content.get("models"), list):
+        notes = {key: value for key, value in content.items() if not isinstance(value, (dict, list))}
+        return format_measurements(content["models"]) + "\n\n" + _sentence(notes)
+    if isinstance(content, dict):
+        nested = all(isinstance(value, dict) for value in content.values())
+        content = [
+            {"name": key, **value} if nested else {"name": key, "value": value} for key, value in content.items()
+        ]
+    columns = list(dict.fromkeys(key for row in content for key in row))
+    titles = [column.replace("_", " ") for column in columns]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "".join("---:|" if i else "---|" for i in range(len(titles)))]
+    lines += ["| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in content]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return str(value)
+
+
+def _sentence(notes: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in notes.items()) + "."
+
+
+def put_between_markers(readme: Path, marker: str, text: str) -> None:
+    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`.
+
+    Raises:
+        SystemExit: the file lacks one of them.
+    """
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    content = readme.read_text(encoding="utf-8")
+    if start not in content or end not in content:
+        raise SystemExit(f"error: {readme} lacks {start} or {end}")
+    before, rest = content.split(start)
+    with atomic_write(readme) as temporary:
+        temporary.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def read_results(run_dirs: list[Path]) -> list[dict[str, Any]]:
+    """results.json of each run.
+
+    Raises:
+        SystemExit: a run has none; names all of them.
+    """
+    missing = [str(run) for run in run_dirs if not (run / "results.json").is_file()]
+    if missing:
+        raise SystemExit(f"error: no results.json in {', '.join(missing)}; run the evaluate stage first")
+    return [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in run_dirs]
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Tables out of results.json files.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders; several seeds of one dataset")
+    parser = argparse.ArgumentParser(description="Tables out of results.json files and other measurements.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or one JSON file of measurements")
+    parser.add_argument("--group-by", choices=("layers", "name"), help="one row for each group of runs")
     parser.add_argument("--readme", type=Path, help="file to put the table into")
     parser.add_argument("--marker", help="name of the place in that file")
     arguments = parser.parse_args(argv)
-    missing = [str(run) for run in arguments.runs if not (run / "results.json").is_file()]
-    if missing:
-        raise SystemExit(f"error: no results.json in {', '.join(missing)}; run the evaluate stage first")
-    results = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in arguments.runs]
-    table = f"{format_table(*results)}\n{stage_times(arguments.runs)}"
+    if arguments.readme is not None and arguments.marker is None:
+        parser.error("--readme needs --marker, the name of the place in that file")
+    if len(arguments.runs) == 1 and arguments.runs[0].is_file():
+        table = format_measurements(json.loads(arguments.runs[0].read_text(encoding="utf-8")))
+    else:
+        results = read_results(arguments.runs)
+        if arguments.group_by:
+            table = format_groups_with_notes(arguments.runs, results, arguments.group_by)
+        else:
+            table = f"{format_table(*results)}\n{stage_times(arguments.runs)}"
     if arguments.readme is None:
         print(table)
-        return
-    start, end = f"<!-- {arguments.marker} -->", f"<!-- /{arguments.marker} -->"
-    text = arguments.readme.read_text(encoding="utf-8")
-    if start not in text or end not in text:
-        raise SystemExit(f"error: {arguments.readme} lacks {start} or {end}")
-    before, rest = text.split(start)
-    arguments.readme.write_text(f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    else:
+        put_between_markers(arguments.readme, arguments.marker, table)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Gandhi et al. 2023, https://arxiv.org/abs/2311.00430. Launch: python recipes/dis
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -13,31 +14,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from corpora import build_set
-from objective import LossConfig, count_items, loss_terms
-from students import StudentConfig, build_models
-from transformers import WhisperForConditionalGeneration, WhisperProcessor, set_seed
+from corpora import batch_sampler, build_sets, check_data, label_draws
+from objective import LossConfig, StepDraws, check_stored_topk, count_items, loss_terms
+from students import Models, StudentConfig, build_models
+from transformers import WhisperProcessor, set_seed
 
 from speechkd.cli import exit_codes
 from speechkd.config import DataConfig, EvaluationConfig, TeacherConfig, parse_config, save_config
 from speechkd.data.augment import WaveformAugment
-from speechkd.data.collate import WhisperTokens
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
-from speechkd.data.sampler import DurationBatchSampler
+from speechkd.data.mixture import Mixture
 from speechkd.data.whisper import WhisperTrainSet, collate_whisper
 from speechkd.doctor import hardware_name
 from speechkd.export.huggingface import model_card, save_student
 from speechkd.files import folder_lock, write_json
+from speechkd.labels.decoding import DecodingConfig, decoding_tokens
 from speechkd.labels.filters import FilterConfig
-from speechkd.labels.pseudo_label import DecodingConfig
-from speechkd.models.whisper import choose_layers
 from speechkd.teachers import load_processor
 from speechkd.trainer import DistillationArguments, DistillationTrainer
 
 logger = logging.getLogger(__name__)
-
-WINDOW_SECONDS = 30.0
 
 
 @dataclass(kw_only=True)
@@ -65,18 +61,18 @@ class DistilWhisperConfig:
     trainer: DistillationArguments
 
     def __post_init__(self) -> None:
-        if self.teacher is None and (self.student.init_from is None or self.loss.kl > 0):
-            raise ValueError("without a teacher set student.init_from to a checkpoint and loss.kl to 0")
-        if self.teacher is not None and self.teacher.cache_encoder_states:
-            if not self.student.freeze_encoder or self.student.encoder_layers is not None:
-                raise ValueError(
-                    "teacher.cache_encoder_states needs the teacher's whole encoder, frozen; set "
-                    "student.freeze_encoder=true and student.encoder_layers=null"
-                )
-            if self.data.labels_dir is None:
-                raise ValueError("teacher.cache_encoder_states needs data.labels_dir, the label store that holds them")
-            if self.data.augment is not None:
-                raise ValueError("data.augment changes the audio; set teacher.cache_encoder_states=false for it")
+        if self.teacher is None and (self.student.init_from is None or self.loss.needs_teacher):
+            raise ValueError(
+                "without a teacher set student.init_from to a checkpoint, and loss.kl and loss.hidden_mse to 0"
+            )
+        cached_states = self.teacher is not None and self.teacher.cache_encoder_states
+        if cached_states and not (self.student.freeze_encoder and self.student.keeps_whole_encoder):
+            raise ValueError(
+                "teacher.cache_encoder_states needs the teacher's whole encoder, frozen; set "
+                "student.freeze_encoder=true, student.encoder_layers=null and student.encoder_layers_numbers=null"
+            )
+        check_stored_topk(self.teacher, self.loss, self.data, self.decoding, self.filters)
+        check_data(self.data, self.decoding, self.filters, cached_states)
         if self.trainer.dataloader_num_workers not in (0, self.data.num_workers):
             raise ValueError(
                 f"trainer.dataloader_num_workers={self.trainer.dataloader_num_workers} is not data.num_workers="
@@ -89,34 +85,31 @@ class DistilWhisperConfig:
 
 def describe_run(
     config: DistilWhisperConfig,
-    student: WhisperForConditionalGeneration,
-    teacher: WhisperForConditionalGeneration | None,
-    identity: dict[str, Any] | None,
-    train_set: WhisperTrainSet,
-    filter_report: dict[str, Any],
+    models: Models,
+    corpora: Sequence[WhisperTrainSet],
+    filter_reports: dict[str, Any],
 ) -> dict[str, Any]:
     """Facts of the training for `run.json`, the model card and the tables."""
-    kept = config.student.decoder_layers_numbers
-    if kept is None and teacher is not None and config.student.init_from is None:
-        kept = choose_layers(teacher.config.decoder_layers, student.config.decoder_layers)
-    weights = config.loss
-    kl = f" + {weights.kl:g} KL(teacher, T={weights.temperature:g}, T^2)" if weights.kl and identity else ""
+    student, is_stored = models.student, config.teacher is not None and config.teacher.stored_topk
+    manifests = [corpus.train_manifest for corpus in config.data.corpora]
+    languages = [corpus.language or config.decoding.language for corpus in config.data.corpora]
     return {
         "title": f"distil-whisper {Path(config.trainer.output_dir).name}",
-        "teacher": identity,
+        "teacher": models.identity,
+        "teacher_outputs": "stored" if is_stored else "live" if models.teacher and config.loss.needs_teacher else None,
         "license": config.teacher.license if config.teacher else None,
-        "language": config.decoding.language,
+        "language": languages[0] if len(set(languages)) == 1 else sorted({str(code) for code in languages}),
         "encoder_layers": student.config.encoder_layers,
         "decoder_layers": student.config.decoder_layers,
-        "decoder_layers_kept": kept,
+        "decoder_layers_kept": models.decoder_layers_kept,
         "parameters": student.num_parameters(),
-        "train_manifest": config.data.train_manifest,
-        "train_utterances": len(train_set),
-        "train_hours": float(train_set.manifest.durations_seconds.sum()) / 3600,
-        "labels": "the manifest's text" if config.data.labels_dir is None else "greedy transcripts of the teacher",
-        "synthetic": "synthetic" in config.data.train_manifest,
-        "filters": filter_report,
-        "loss": f"{weights.cross_entropy:g} CE{kl}",
+        "train_manifest": ", ".join(manifests),
+        "train_utterances": sum(map(len, corpora)),
+        "train_hours": sum(float(corpus.manifest.durations_seconds.sum()) for corpus in corpora) / 3600,
+        "labels": " and ".join(sorted({_label_source(corpus.labels_dir) for corpus in config.data.corpora})),
+        "synthetic": any("synthetic" in manifest for manifest in manifests),
+        "filters": filter_reports if len(corpora) > 1 else next(iter(filter_reports.values())),
+        "loss": config.loss.describe(has_teacher=models.identity is not None, is_stored=is_stored),
         "steps": config.trainer.max_steps,
         "learning_rate": config.trainer.learning_rate,
         "seed": config.trainer.seed,
@@ -126,41 +119,50 @@ def describe_run(
     }
 
 
+def _label_source(labels_dir: str | None) -> str:
+    return "the manifest's text" if labels_dir is None else "greedy transcripts of the teacher"
+
+
 def build_trainer(config: DistilWhisperConfig) -> tuple[DistillationTrainer, WhisperProcessor, dict[str, Any]]:
     """Everything of a run before its first step: the trainer, the processor, and the facts for `run.json`."""
     set_seed(config.trainer.seed)
     output_dir = Path(config.trainer.output_dir)
-    student, teacher, identity = build_models(config.teacher, config.student, config.trainer.device)
-    processor = load_processor(config.teacher.name if config.teacher else str(config.student.init_from))
-    tokens = WhisperTokens.from_tokenizer(
-        processor.tokenizer, language=config.decoding.language, task=config.decoding.task
+    models = build_models(
+        config.teacher, config.student, config.trainer.device, needs_hidden_states=config.loss.hidden_mse > 0
     )
+    student, teacher = models.student, models.teacher
+    vocabulary_of = config.teacher.name if config.teacher else str(config.student.init_from)
+    processor = load_processor(vocabulary_of)
+    tokens_of = partial(decoding_tokens, vocabulary_of, student, processor.tokenizer)
+    tokens = tokens_of(config.decoding)
     with config.trainer.main_process_first(desc="preparing the data"):
-        split_set = partial(
-            build_set,
+        corpora, dev_set, filter_reports = build_sets(
             config.data,
-            filters=config.filters,
-            identity=identity,
+            config.decoding,
+            config.filters,
+            identity=models.identity,
             cached_encoder_states=config.teacher is not None and config.teacher.cache_encoder_states,
+            stored_topk=config.teacher is not None and config.teacher.stored_topk,
             tokenizer=processor.tokenizer,
-            tokens=tokens,
+            tokens_of=tokens_of,
             output_dir=output_dir,
         )
-        train_set, filter_report = split_set("train")
-        dev_set = None if config.data.dev_manifest is None else split_set("dev")[0]
+    draws = label_draws(config.data, corpora, tokens, config.trainer.seed)
     if config.data.augment is not None:
-        train_set.augment = WaveformAugment(config.data.augment, SAMPLE_RATE_HZ, config.trainer.seed)
-    run = describe_run(config, student, teacher, identity, train_set, filter_report)
+        for corpus in corpora:
+            corpus.augment = WaveformAugment(config.data.augment, SAMPLE_RATE_HZ, config.trainer.seed)
+    run = describe_run(config, models, corpora, filter_reports)
     encoder = student.model.encoder
     shared = config.student.freeze_encoder and (teacher is None or teacher.model.encoder is encoder)
     trainer = DistillationTrainer(
         student,
-        teacher if config.loss.kl > 0 else None,
+        teacher if config.loss.needs_teacher else None,
         args=config.trainer,
-        train_dataset=train_set,
-        collate=partial(collate_whisper, tokens=tokens),
-        sampler=DurationBatchSampler(
-            np.full(len(train_set), WINDOW_SECONDS),  # Whisper pads every clip to its window
+        train_dataset=corpora[0] if len(corpora) == 1 else Mixture(corpora),
+        collate=partial(collate_whisper, tokens=tokens, draws=draws),
+        sampler=batch_sampler(
+            corpora,
+            [corpus.weight for corpus in config.data.corpora],
             config.data.max_batch_seconds,
             seed=config.trainer.seed,
             rank=config.trainer.process_index,
@@ -171,12 +173,16 @@ def build_trainer(config: DistilWhisperConfig) -> tuple[DistillationTrainer, Whi
             weights=config.loss,
             log_mel=WhisperLogMel(student.config.num_mel_bins).to(config.trainer.device),
             shared_encoder=encoder if shared else None,
+            draws=StepDraws(
+                seed=config.trainer.seed,
+                step=lambda: trainer.state.global_step,
+                tokens=tokens,
+                spec_augment=config.student.spec_augment,
+            ),
         ),
         count_items=count_items,
         eval_dataset=dev_set,
-        eval_sampler=None
-        if dev_set is None
-        else DurationBatchSampler(np.full(len(dev_set), WINDOW_SECONDS), config.data.max_batch_seconds),
+        eval_sampler=None if dev_set is None else batch_sampler([dev_set], [1.0], config.data.max_batch_seconds),
     )
     return trainer, processor, run
 
