@@ -13,7 +13,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	pip install $(TORCH_PIP_ARGS) torch torchaudio
-	pip install -e ".[bundled,export,dev]"
+	pip install -e ".[bundled,export,lora,ray,dev]"
 	touch $@
 
 demo: install

@@ -203,7 +203,7 @@ def test_report_counts_what_each_filter_alone_keeps_and_all_together():
     assert counts["kept"] == {"kept_utterances": 1, "kept_hours": pytest.approx(0.001), "kept_share": 0.25}
     assert counts["hours"] == pytest.approx(0.014)
     lines = report.lines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert lines[0] == "max_wer alone keeps 3 of 4 labels (75.0 %), 0.01 of 0.01 h"
     assert lines[-1].startswith("all filters keep 1 of 4 labels (25.0 %)")
 

@@ -28,6 +28,10 @@ def test_wrong_words_end_with_2_and_say_what_would_do(tmp_path):
     assert done.returncode == 2 and "--corpus-dir needs a value" in done.stderr
     done = run_sh(tmp_path, "fsdd", "--corpus-dir", "nowhere")
     assert done.returncode == 2 and "nowhere does not exist; give --corpus-dir a folder with recordings/" in done.stderr
+    done = run_sh(tmp_path, "common_voice", "--corpus-dir", "nowhere")
+    assert done.returncode == 2 and "nowhere does not exist" in done.stderr and "stage 1" in done.stdout
+    done = run_sh(tmp_path, "fsdd", "--data.train_manifest", "my/own/train.jsonl")
+    assert done.returncode == 2 and "no script of data_prep makes my/own/train.jsonl" in done.stderr
     done = run_sh(tmp_path, "fsdd", "--trainer.learning_rat", "1")
     assert done.returncode == 2 and "trainer.learning_rat" in done.stderr
 

@@ -46,7 +46,11 @@ test_manifest=$(value data.test_manifest)
 dev_manifest=$(value data.dev_manifest)
 num_extra_corpora=$(value data.extra_corpora)
 [[ $num_extra_corpora != none ]] || num_extra_corpora=0
-data_dir=$(dirname "$train_manifest")
+manifest_dir=$(dirname "$train_manifest")
+data_dir=$manifest_dir languages=()
+if [[ ! -f $root/data_prep/$(basename "$data_dir").py ]]; then   # a corpus with a folder for each language
+  languages=(--languages "$(basename "$manifest_dir")") data_dir=$(dirname "$manifest_dir")
+fi
 corpus=$(basename "$data_dir")
 
 # run_stage NUMBER NAME STAMP "SECTIONS" "OUTPUTS" COMMAND: skips, refuses or runs, and keeps the time
@@ -65,8 +69,12 @@ run_stage() {
 
 prepare() {
   local corpus_option=()
+  if [[ ! -f $root/data_prep/$corpus.py ]]; then
+    echo "error: no script of data_prep makes $train_manifest; make it yourself, and begin with --stage 2" >&2
+    exit 2
+  fi
   [[ -z $corpus_dir ]] || corpus_option=(--corpus-dir "$corpus_dir")
-  python "$root/data_prep/$corpus.py" "${corpus_option[@]}" --output-dir "$data_dir"
+  python "$root/data_prep/$corpus.py" "${corpus_option[@]}" --output-dir "$data_dir" "${languages[@]}"
 }
 
 label() {
@@ -97,7 +105,7 @@ label() {
   done
 }
 
-run_stage 1 prepare "$data_dir/.stage-prepare.json" "data.train_manifest data.test_manifest" "$data_dir" prepare
+run_stage 1 prepare "$manifest_dir/.stage-prepare.json" "data.train_manifest data.test_manifest" "$manifest_dir" prepare
 run_stage 2 label "$labels_dir/.stage-label.json" \
   "teacher data.train_manifest data.test_manifest data.dev_manifest data.extra_corpora data.pack data.max_skipped_fraction decoding" \
   "$labels_dir" label
