@@ -31,6 +31,7 @@ from speechkd.export.transcribers import Transcriber, load_transcriber, read_exp
 from speechkd.labels.pseudo_label import DecodingConfig
 from speechkd.metrics.wer import Normalizer, error_rates, get_normalizer
 from speechkd.models.speculative import Speculated, load_assistant, speculative_decode
+from speechkd.models.whisper import encode
 from speechkd.teachers import load_processor, load_whisper, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ def _one_clip(contender: _Contender, clip: Tensor, decoding: DecodingConfig) -> 
         return
     device = contender.model.device
     started = _now(device)
-    states = _encode(contender, clip)
+    states = encode(contender.model, contender.log_mel(clip))
     encoded = _now(device)
     token_ids, speculated = _decode(contender, states, decoding, clip.shape[-1] / SAMPLE_RATE_HZ)
     contender.decode_seconds.append(_now(device) - encoded)
@@ -265,13 +266,9 @@ def _transcribe(contender: _Contender, waveforms: Tensor, decoding: DecodingConf
     if contender.transcriber is not None:  # takes one clip at a time, as in the warm-up
         contender.transcriber(waveforms[0].cpu().numpy())
         return
-    _decode(contender, _encode(contender, waveforms), decoding, waveforms.shape[-1] / SAMPLE_RATE_HZ)
-
-
-@torch.no_grad()
-def _encode(contender: _Contender, waveforms: Tensor) -> Tensor:
-    model = contender.model
-    return model.model.encoder(contender.log_mel(waveforms).to(model.dtype)).last_hidden_state
+    _decode(
+        contender, encode(contender.model, contender.log_mel(waveforms)), decoding, waveforms.shape[-1] / SAMPLE_RATE_HZ
+    )
 
 
 @torch.no_grad()

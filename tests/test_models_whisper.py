@@ -7,6 +7,7 @@ from speechkd.models.whisper import (
     choose_layers,
     decoder_layer_states,
     decoder_states,
+    encode,
     encoders_equal,
     freeze_student,
     greedy_decode,
@@ -234,3 +235,12 @@ def test_greedy_samples_of_a_batch_are_those_of_full_passes():
         ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
     found = sample_tokens(model, states, prompt, end_of_text=TOKENS.end_of_text, max_new_tokens=4, temperature=0)
     assert torch.equal(found, ids)
+
+
+def test_encoder_states_of_a_batch_are_those_of_its_clips_alone():
+    model = tiny_whisper()
+    features = torch.randn(3, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    states = encode(model, features)
+    with torch.no_grad():
+        torch.testing.assert_close(states, model.model.encoder(features).last_hidden_state)
+    assert torch.equal(states[2:], encode(model, features[2:])) and not states.requires_grad

@@ -14,7 +14,7 @@ from speechkd.labels.decoding import DecodingConfig, decoding_tokens
 from speechkd.labels.filters import compression_ratio
 from speechkd.labels.topk_labels import topk_of_labels
 from speechkd.labels.topk_records import topk_key
-from speechkd.models.whisper import greedy_decode
+from speechkd.models.whisper import encode, greedy_decode
 from speechkd.teachers import load_processor
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,7 @@ class Labeller:
     def _decode(self, clips: ClipBatch) -> tuple[list[dict[str, Any]], torch.Tensor]:
         """Rows and encoder states, (batch, frames, dim); `compute_seconds` is shared evenly by the clips."""
         started = _synchronized_time(self.model.device)
-        with torch.no_grad():
-            features = self.log_mel(clips.waveforms).to(self.model.dtype)
-            states = self.model.model.encoder(features).last_hidden_state
+        states = encode(self.model, self.log_mel(clips.waveforms))
         decoded = greedy_decode(
             self.model,
             states,

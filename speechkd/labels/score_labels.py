@@ -32,6 +32,7 @@ from speechkd.labels.scores import (
     whisper_label_entropy,
 )
 from speechkd.labels.teacher_cache import LabelStore, check_teacher
+from speechkd.models.whisper import encode
 from speechkd.preemption import Preempted, sigterm_requests
 from speechkd.teachers import load_processor, load_whisper, resolve_model, teacher_identity
 
@@ -250,7 +251,7 @@ def _entropy_scorer(store: LabelStore, manifest: Manifest, device: torch.device)
             states = torch.stack([store.array(row["id"]) for row in rows])
         else:
             padded, _ = pad_waveforms(list(waveforms(rows)), max_samples=WINDOW_SAMPLES)
-            states = model.model.encoder(log_mel(padded.to(device)).to(model.dtype)).last_hidden_state
+            states = encode(model, log_mel(padded.to(device)))
         entropies = whisper_label_entropy(model, states, [row["token_ids"] for row in rows], num_prefix_tokens)
         return entropies.double().cpu().numpy()
 

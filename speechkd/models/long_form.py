@@ -24,6 +24,7 @@ from speechkd.labels.filters import compression_ratio
 from speechkd.labels.pseudo_label import ShardWriter, pending_positions, store_header
 from speechkd.labels.teacher_cache import LabelStore, create_store
 from speechkd.models.greedy import greedy_tokens
+from speechkd.models.whisper import encode
 from speechkd.preemption import Preempted, sigterm_requests
 from speechkd.teachers import load_processor, load_whisper
 
@@ -165,7 +166,7 @@ def transcribe_chunked(
     for first in tqdm(starts, desc="chunks", unit="batch", leave=False, disable=len(starts) == 1):
         clips = [waveform[start:end] for start, end in bounds[first : first + batch_size]]
         padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).to(model.device)
-        states = model.model.encoder(log_mel(padded).to(model.dtype)).last_hidden_state
+        states = encode(model, log_mel(padded))
         for result in greedy_tokens(model, states, tokens, max_new_tokens=max_new_tokens):
             num_unfinished += result.token_ids[-1] != tokens.end_of_text
             chunks.append(text_ids(result.token_ids, tokens))
