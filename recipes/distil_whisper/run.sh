@@ -6,6 +6,8 @@ set -euo pipefail
 
 recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$recipe_dir/../.." && pwd)
+# shellcheck source=../stages.sh
+source "$root/recipes/stages.sh"
 usage() { sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit "$1"; }
 
 [[ $# -ge 1 ]] || usage 2
@@ -34,11 +36,6 @@ done
 
 resolved=$(mktemp); trap 'rm -f "$resolved"' EXIT
 python "$recipe_dir/train.py" --config "$config" "${overrides[@]}" --print_config > "$resolved" || exit 2
-value() { python -c 'import sys, yaml
-item = yaml.safe_load(open(sys.argv[1]))
-for key in sys.argv[2].split("."):
-    item = None if item is None else item[int(key)] if key.isdigit() else item.get(key)
-print("none" if item is None else len(item) if isinstance(item, list) else item)' "$resolved" "$1"; }
 run_dir=$(value trainer.output_dir)
 labels_dir=$(value data.labels_dir)
 train_manifest=$(value data.train_manifest)
@@ -46,36 +43,6 @@ test_manifest=$(value data.test_manifest)
 dev_manifest=$(value data.dev_manifest)
 num_extra_corpora=$(value data.extra_corpora)
 [[ $num_extra_corpora != none ]] || num_extra_corpora=0
-manifest_dir=$(dirname "$train_manifest")
-data_dir=$manifest_dir languages=()
-if [[ ! -f $root/data_prep/$(basename "$data_dir").py ]]; then   # a corpus with a folder for each language
-  languages=(--languages "$(basename "$manifest_dir")") data_dir=$(dirname "$manifest_dir")
-fi
-corpus=$(basename "$data_dir")
-
-# run_stage NUMBER NAME STAMP "SECTIONS" "OUTPUTS" COMMAND: skips, refuses or runs, and keeps the time
-run_stage() {
-  local number=$1 name=$2 stamp=$3 sections=$4 outputs=$5 code=0; shift 5
-  (( number >= first && number <= last )) || return 0
-  # shellcheck disable=SC2086
-  python -m speechkd.stages begin "$stamp" --config "$resolved" --sections $sections --corpus-dir "$corpus_dir" \
-    --outputs $outputs "${force[@]}" || code=$?
-  if (( code == 10 )); then echo "stage $number ($name): finished before, skipped"; return 0; fi
-  (( code == 0 )) || exit "$code"
-  echo "stage $number ($name)"
-  "$@"
-  python -m speechkd.stages end "$stamp"
-}
-
-prepare() {
-  local corpus_option=()
-  if [[ ! -f $root/data_prep/$corpus.py ]]; then
-    echo "error: no script of data_prep makes $train_manifest; make it yourself, and begin with --stage 2" >&2
-    exit 2
-  fi
-  [[ -z $corpus_dir ]] || corpus_option=(--corpus-dir "$corpus_dir")
-  python "$root/data_prep/$corpus.py" "${corpus_option[@]}" --output-dir "$data_dir" "${languages[@]}"
-}
 
 label() {
   local language number extra extra_dir extra_language timestamps=() windows=(--targets text) common
@@ -105,7 +72,7 @@ label() {
   done
 }
 
-run_stage 1 prepare "$manifest_dir/.stage-prepare.json" "data.train_manifest data.test_manifest" "$manifest_dir" prepare
+prepare_stage
 run_stage 2 label "$labels_dir/.stage-label.json" \
   "teacher data.train_manifest data.test_manifest data.dev_manifest data.extra_corpora data.pack data.max_skipped_fraction decoding" \
   "$labels_dir" label

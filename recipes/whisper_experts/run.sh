@@ -6,6 +6,8 @@ set -euo pipefail
 
 recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$recipe_dir/../.." && pwd)
+# shellcheck source=../stages.sh
+source "$root/recipes/stages.sh"
 usage() { sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit "$1"; }
 fail() { echo "error: $1" >&2; exit 2; }
 
@@ -33,38 +35,9 @@ done
 
 resolved=$(mktemp); trap 'rm -f "$resolved"' EXIT
 resolve() { python "$recipe_dir/train.py" --config "$config" "${overrides[@]}" "$@" --print_config > "$resolved" || exit 2; }
-value() { python -c 'import sys, yaml
-item = yaml.safe_load(open(sys.argv[1]))
-for key in sys.argv[2].split("."): item = (item or {}).get(key)
-print("none" if item is None else item)' "$resolved" "$1"; }
-
-# run_stage NUMBER NAME STAMP "SECTIONS" "OUTPUTS" COMMAND: skips, refuses or runs, and keeps the time
-run_stage() {
-  local number=$1 name=$2 stamp=$3 sections=$4 outputs=$5 code=0; shift 5
-  (( number >= first && number <= last )) || return 0
-  # shellcheck disable=SC2086
-  python -m speechkd.stages begin "$stamp" --config "$resolved" --sections $sections --corpus-dir "$corpus_dir" \
-    --outputs $outputs "${force[@]}" || code=$?
-  if (( code == 10 )); then echo "stage $number ($name): finished before, skipped"; return 0; fi
-  (( code == 0 )) || exit "$code"
-  echo "stage $number ($name)"
-  "$@"
-  python -m speechkd.stages end "$stamp"
-}
-
 resolve
 base_dir=$(value trainer.output_dir)
-data_dir=$(dirname "$(value data.train_manifest)")
-[[ -f $root/data_prep/$(basename "$data_dir").py ]] || data_dir=$(dirname "$data_dir") # corpora with a folder per language
-
-prepare() {
-  local corpus_option=()
-  [[ -z $corpus_dir ]] || corpus_option=(--corpus-dir "$corpus_dir")
-  python "$root/data_prep/$(basename "$data_dir").py" "${corpus_option[@]}" --output-dir "$data_dir"
-}
-
-# the stamp is the one of recipes/distil_whisper, which prepares the same corpora
-run_stage 1 prepare "$data_dir/.stage-prepare.json" "data.train_manifest data.test_manifest" "$data_dir" prepare
+prepare_stage # recipes/distil_whisper prepares the same corpora, and leaves the same stamp
 for adapter in $adapters; do
   run_dir=$base_dir-$adapter
   resolve --student.adapter="$adapter" --trainer.output_dir="$run_dir"

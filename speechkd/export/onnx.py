@@ -20,6 +20,7 @@ from transformers import (
 
 from speechkd.data.collate import WhisperTokens
 from speechkd.data.features import WhisperLogMel
+from speechkd.models.greedy import ruled_out_tokens
 from speechkd.teachers import load_processor, load_whisper
 
 ONNX_PRECISIONS = ("float32", "int8")
@@ -343,7 +344,8 @@ def onnx_decoder(folder: Path, tokens: WhisperTokens, *, max_new_tokens: int) ->
     )
     config = WhisperConfig.from_pretrained(folder)
     log_mel = WhisperLogMel(config.num_mel_bins)
-    ruled_out, ruled_out_first = _suppression(GenerationConfig.from_pretrained(folder), tokens, config.vocab_size)
+    generation = GenerationConfig.from_pretrained(folder)
+    ruled_out, ruled_out_first = ruled_out_tokens(generation, config.vocab_size, tokens, timestamps=False).numpy()
     made = ["logits", *cache_names("present", config.decoder_layers)]
     grown = ["logits", *cache_names("present", config.decoder_layers, ("decoder",))]
     longest = min(len(tokens.prefix) + max_new_tokens, config.max_target_positions)
@@ -378,12 +380,3 @@ def _session(runtime: Any, path: Path) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _suppression(generation: Any, tokens: WhisperTokens, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is added to all logits and to those of the first text token: minus infinity where ruled out."""
-    ruled_out = np.zeros((2, vocab_size), dtype=np.float32)
-    ruled_out[0, getattr(generation, "suppress_tokens", None) or []] = -np.inf
-    ruled_out[0, tokens.no_timestamps + 1 :] = -np.inf
-    ruled_out[1, getattr(generation, "begin_suppress_tokens", None) or []] = -np.inf
-    return ruled_out[0], ruled_out[1]

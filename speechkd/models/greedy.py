@@ -89,6 +89,26 @@ def greedy_tokens(
     return results
 
 
+def ruled_out_tokens(generation: Any, vocab_size: int, tokens: WhisperTokens, *, timestamps: bool) -> Tensor:
+    """What `generate` adds to all logits, and to those of the first text token as well: minus infinity where ruled out.
+
+    Args:
+        generation: the model's generation config.
+        vocab_size: of the model.
+        tokens: of its vocabulary.
+        timestamps: whether they are asked for; if not they are ruled out, as a weak student may emit them all the same.
+
+    Returns:
+        Both, (2, vocab_size), float32.
+    """
+    added = torch.zeros(2, vocab_size)
+    added[0, getattr(generation, "suppress_tokens", None) or []] = -torch.inf
+    added[1, getattr(generation, "begin_suppress_tokens", None) or []] = -torch.inf
+    if not timestamps:
+        added[0, tokens.no_timestamps + 1 :] = -torch.inf
+    return added
+
+
 class _LogitRules:
     """What `generate` rules out, by minus infinity, in its order: at the start, always, then by timestamps."""
 
@@ -96,13 +116,9 @@ class _LogitRules:
         self, model: WhisperForConditionalGeneration, tokens: WhisperTokens, prompt_length: int, timestamps: bool
     ) -> None:
         generation: Any = model.generation_config
-        self.always = torch.zeros(model.config.vocab_size, device=model.device)
-        self.always[getattr(generation, "suppress_tokens", None) or []] = -torch.inf
-        self.first = torch.zeros_like(self.always)
-        self.first[getattr(generation, "begin_suppress_tokens", None) or []] = -torch.inf
+        added = ruled_out_tokens(generation, model.config.vocab_size, tokens, timestamps=timestamps)
+        self.always, self.first = added.to(model.device)
         self.timestamps = WhisperTimeStampLogitsProcessor(generation, prompt_length) if timestamps else None
-        if not timestamps:  # a weak student may emit them all the same
-            self.always[tokens.no_timestamps + 1 :] = -torch.inf
 
     def __call__(self, scores: Tensor, sequences: list[list[int]], *, is_first: bool) -> Tensor:
         scores = scores + self.always

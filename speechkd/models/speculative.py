@@ -24,6 +24,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from speechkd.data.collate import WhisperTokens
+from speechkd.models.greedy import ruled_out_tokens
 from speechkd.teachers import resolve_model
 
 NUM_DRAFT_TOKENS = 16
@@ -249,7 +250,9 @@ def speculative_decode(
             f"speculative decoding takes one clip at a time, got {len(encoder_states)}; the clips of a batch would "
             "accept different numbers of tokens, use greedy_decode for batches"
         )
-    ruled_out, ruled_out_first = _suppression(teacher, tokens)
+    ruled_out, ruled_out_first = ruled_out_tokens(
+        teacher.generation_config, teacher.config.vocab_size, tokens, timestamps=False
+    ).to(teacher.device)
     heard = encoder_states[:, : round((duration_seconds + MARGIN_SECONDS) * FRAMES_PER_SECOND)]
     ours, theirs = _CachedDecoder(teacher, encoder_states), _CachedDecoder(assistant, heard)
 
@@ -284,16 +287,6 @@ def speculative_decode(
         num_draft_tokens=num_draft_tokens,
         max_new_tokens=max_new_tokens,
     )
-
-
-def _suppression(teacher: WhisperForConditionalGeneration, tokens: WhisperTokens) -> tuple[Tensor, Tensor]:
-    """What `generate` adds to all logits and to those of the first text token: minus infinity where ruled out."""
-    generation: Any = teacher.generation_config
-    ruled_out = torch.zeros(2, teacher.config.vocab_size, device=teacher.device)
-    ruled_out[0, getattr(generation, "suppress_tokens", None) or []] = -torch.inf
-    ruled_out[0, tokens.no_timestamps + 1 :] = -torch.inf
-    ruled_out[1, getattr(generation, "begin_suppress_tokens", None) or []] = -torch.inf
-    return ruled_out[0], ruled_out[1]
 
 
 class _CachedDecoder:
