@@ -37,8 +37,9 @@ def begin(stamp: Path, inputs: dict[str, Any], *, force: bool, outputs: list[Pat
     known = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else None
     before, now = ({} if known is None else _set_values(known["inputs"])), _set_values(inputs)
     if known is not None and before != now:
+        old, new = _flat(known["inputs"]), _flat(inputs)
         changed = [
-            f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+            f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
         ]

@@ -68,19 +68,16 @@ def test_without_text_models_are_scored_against_the_first_ones_transcripts(tiny_
 
 def test_every_clip_goes_through_all_models_before_the_next(tiny_teacher, student_folder, tone_manifest, monkeypatch):
     order = []
-    encode = bench._encode
+    encode = bench.encode
 
-    def recorded(contender, waveforms):
-        order.append((contender.names[0], len(waveforms)))
-        return encode(contender, waveforms)
+    def recorded(model, features):
+        order.append((model.config.decoder_layers, len(features)))
+        return encode(model, features)
 
-    monkeypatch.setattr(bench, "_encode", recorded)
+    monkeypatch.setattr(bench, "encode", recorded)
     bench_models([tiny_teacher, student_folder], tone_manifest, decoding=DECODING, max_clips=2)
     timed = order[4:]  # each warms up twice, for its kernels and for its memory
-    assert timed == [(name, 1) for name in [tiny_teacher, student_folder] * 2] + [
-        (tiny_teacher, 2),
-        (student_folder, 2),
-    ]
+    assert timed == [(3, 1), (2, 1), (3, 1), (2, 1), (3, 2), (2, 2)]
 
 
 def test_peak_memory_is_what_a_call_takes_beyond_what_is_held():

@@ -35,7 +35,7 @@ def batch(tone_manifest) -> ClipBatch:
 
 
 def refuse_more_than(num_clips: int, labeller: Labeller) -> list[int]:
-    """Let the encoder run out of memory above a number of clips; returns the batch sizes that it was given."""
+    """Run out of memory above a number of clips; returns the batch sizes that were tried."""
     seen = []
 
     def check(module, args) -> None:
@@ -43,7 +43,7 @@ def refuse_more_than(num_clips: int, labeller: Labeller) -> list[int]:
         if len(args[0]) > num_clips:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    labeller.model.model.encoder.register_forward_pre_hook(check)
+    labeller.log_mel.register_forward_pre_hook(check)
     return seen
 
 

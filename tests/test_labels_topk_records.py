@@ -172,14 +172,6 @@ def test_a_store_keeps_targets_beside_encoder_states(tiny_teacher, tone_manifest
     assert store.header["topk"] == {"k": 32, "vocabulary": WHISPER, "temperature": 1.0, "bytes_per_token": 132}
 
 
-def test_workers_on_ray_refuse_targets_that_they_would_lose(tiny_teacher, tone_manifest, tmp_path):
-    decoding = DecodingConfig(max_new_tokens=6)
-    with pytest.raises(ValueError, match="Ray do not send top-k targets; label with --engine local"):
-        label_manifest(
-            tiny_teacher, tone_manifest, tmp_path / "labels", decoding=decoding, targets=("topk",), engine="ray"
-        )
-
-
 def test_a_batch_of_targets_is_padded_like_its_labels():
     first, second = topk_targets(torch.randn(3, 40), 2), topk_targets(torch.randn(5, 40), 2)
     batch = collate_topk([first, second], [4, 6], 7)

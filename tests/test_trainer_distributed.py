@@ -145,6 +145,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    if torch.distributed.is_initialized():  # gloo aborts a process that ends while another still talks to it
+    if torch.distributed.is_initialized():
+        # gloo aborts a process that ends while another still talks to it, and at times while its own threads end
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        sys.stderr.flush()
+        os._exit(0)

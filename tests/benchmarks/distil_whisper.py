@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median_seconds, peak_extra_mib, pin_allocator
+from measure import median_seconds, peak_extra_mib, pin_allocator, write_measurements
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--labels", help="label store of the teacher for them")
     parser.add_argument("--num-batches", type=int, default=2, help="batches per measurement")
     parser.add_argument("--num-rounds", type=int, default=3, help="measurements of each step")
+    parser.add_argument("--output", type=Path, help="also write the numbers here, as JSON")
     arguments = parser.parse_args()
     if (arguments.manifest is None) != (arguments.labels is None):
         parser.error("--manifest and --labels go together")
@@ -203,6 +204,18 @@ def main() -> None:
     memory = {name: peak_extra_mib(step) for name, step in steps.items()}
     (first, plain), *_ = seconds.items()
     num_scored = sum(int((batch["labels"] >= 0).sum()) for batch in cached)
+    if arguments.output is not None:
+        rows = [
+            {
+                "step": name,
+                "steps_per_second_ratio": plain / value,
+                "processor_seconds": value / len(cached),
+                "loss_difference": losses[name] / losses[first] - 1,
+                "extra_memory_MiB": memory[name],
+            }
+            for name, value in seconds.items()
+        ]
+        write_measurements(arguments.output, rows, clips_per_step=BATCH_CLIPS)
     for name, value in seconds.items():
         print(
             f"{name}: {plain / value:.2f} times the steps/s ({value / len(cached):.2f} s a batch), loss a token "

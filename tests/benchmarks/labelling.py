@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import median_seconds
+from measure import median_seconds, write_measurements
 from transformers import pipeline
 
 from speechkd.data.audio import load_utterance
@@ -89,6 +89,7 @@ def main() -> None:
     )
     parser.add_argument("--max-clips", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="also write the numbers here, as JSON")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     whole = read_manifest(arguments.manifest)
@@ -109,14 +110,18 @@ def main() -> None:
         f"{hardware_name()}, {torch.get_num_threads()} threads; {len(some)} clips of "
         f"{audio_seconds / len(some):.1f} s on average, batches of {BATCH_SIZE}"
     )
+    rows = []
     for name, seconds in measured.items():
         elapsed, theirs = statistics.median(wall[name][1:]), statistics.median(wall["pipeline"][1:])
         print(
             f"{name:15} {audio_seconds / elapsed:6.1f} x real time, {theirs / elapsed:.2f} x the pipeline "
             f"({measured['pipeline'] / seconds:.2f} x in processor time of all threads, or on a GPU in wall time)"
         )
+        rows.append({"labelling": name, "rtfx": audio_seconds / elapsed, "pipeline_ratio": theirs / elapsed})
     differing = [key for key in expected if batched.get(key) != expected[key]]
     print(f"texts that differ from the greedy pipeline's: {len(differing)} of {len(expected)}")
+    if arguments.output is not None:
+        write_measurements(arguments.output, rows, clips=len(some), texts_unlike_greedy_pipeline=len(differing))
     for key in differing:
         print(f"  {key}\n    pipeline: {expected[key]}\n    batched:  {batched.get(key)}")
     assert not differing

@@ -1,13 +1,18 @@
 """Time and peak memory of functions that take turns in one process."""
 
+import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from speechkd.doctor import hardware_name
 
 
 def pin_allocator() -> None:
@@ -44,6 +49,19 @@ def peak_extra_mib(step: Callable[[], None]) -> float:
     before = _status_kib("VmRSS")
     step()
     return (_status_kib("VmHWM") - before) / 2**10
+
+
+def write_measurements(path: Path, measurements: list[dict[str, Any]], **facts: Any) -> None:
+    """JSON for recipes/distil_whisper/tabulate_results.py: rows of a table, and what follows it."""
+    content = {
+        "measurements": measurements,
+        **facts,
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": hardware_name(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _status_kib(field: str) -> int:
