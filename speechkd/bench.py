@@ -29,7 +29,8 @@ from speechkd.evaluate import real_time_factor_inverse
 from speechkd.export.ctranslate2 import Ctranslate2Transcriber
 from speechkd.export.transcribers import Transcriber, load_transcriber, read_export
 from speechkd.labels.pseudo_label import DecodingConfig
-from speechkd.metrics.wer import Normalizer, error_rates, get_normalizer
+from speechkd.metrics.normalizers import Normalizer, get_normalizer
+from speechkd.metrics.wer import error_rates
 from speechkd.models.speculative import Speculated, load_assistant, speculative_decode
 from speechkd.models.whisper import encode
 from speechkd.teachers import load_processor, load_whisper, resolve_model

@@ -13,6 +13,8 @@ from speechkd.preemption import PREEMPTED_EXIT_CODE, Preempted, sigterm_raises
 
 logger = logging.getLogger(__name__)
 
+NORMALIZERS = ("english", "basic", "none", "keep_marks", "arabic")  # named here, as their import takes a second
+
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
@@ -105,7 +107,7 @@ def _parser() -> ArgumentParser:
         "--long-form", choices=("chunked", "sequential"), help="transcribe clips above 30 s too, in this way"
     )
     evaluate.add_argument("--chunk-seconds", type=float, default=30.0, help="chunk length, with --long-form chunked")
-    evaluate.add_argument("--normalizer", choices=("english", "basic", "none"), default="english")
+    evaluate.add_argument("--normalizer", choices=NORMALIZERS, default="english")
     evaluate.add_argument("--reference", choices=("text", "teacher"), default="text", help="what counts as right")
     evaluate.add_argument("--labels-dir", help="label store of the teacher, with --reference teacher")
     evaluate.add_argument(
@@ -133,7 +135,7 @@ def _parser() -> ArgumentParser:
     bench.add_argument("--models", required=True, nargs="+", help="Hub ids, folders or bundled:<name>")
     bench.add_argument("--assistant", help="student that drafts for the first model (speculative decoding)")
     bench.add_argument("--max-clips", type=int, help="only the first so many clips of the manifest; all if not given")
-    bench.add_argument("--normalizer", choices=("english", "basic", "none"), default="english")
+    bench.add_argument("--normalizer", choices=NORMALIZERS, default="english")
     bench.add_argument("--batch-size", type=int, default=8, help="clips decoded together")
     bench.add_argument("--device", help="torch device of models that are no exports; CUDA if there is one")
     _add_transcription(bench)
@@ -173,7 +175,7 @@ def _parser() -> ArgumentParser:
     scores.add_argument("--language-model", metavar="M", help="for lm_nll: Hub id, folder or bundled:smollm2-135m")
     scores.add_argument("--speech-encoder", metavar="M", help="for speech_text_cosine, such as a SEGUE student")
     scores.add_argument("--text-encoder", metavar="M", help="for speech_text_cosine, of the same space")
-    scores.add_argument("--normalizer", choices=("english", "basic", "none", "keep_marks", "arabic"), default="english")
+    scores.add_argument("--normalizer", choices=NORMALIZERS, default="english")
     scores.add_argument("--batch-size", type=int, default=8, help="labels that a model scores together")
     scores.add_argument("--plot", action="store_true", help="draw each score: histogram and kept hours")
     scores.add_argument("--device", help="torch device; CUDA if there is one")

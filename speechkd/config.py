@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from speechkd.data.augment import WaveformAugmentConfig
 from speechkd.files import atomic_write
+from speechkd.metrics.normalizers import Normalizer
 
 ConfigT = TypeVar("ConfigT")
 
@@ -127,12 +128,13 @@ class EvaluationConfig:
     """How a student is scored.
 
     Args:
-        normalizer: text normaliser before counting errors; english and basic are Whisper's.
+        normalizer: text normaliser before counting errors. english and basic are Whisper's; keep_marks is for scripts
+            that basic cuts apart, or that have no spaces between words.
         reference: the manifest's text, or the teacher's transcripts.
         digit_error_rate: also score with every number split into single digits.
     """
 
-    normalizer: Literal["english", "basic", "none"] = "english"
+    normalizer: Normalizer = "english"
     reference: Literal["text", "teacher"] = "text"
     digit_error_rate: bool = False
 

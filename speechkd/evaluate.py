@@ -19,8 +19,9 @@ from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStore
 from speechkd.metrics.hallucination import error_kind_rates, five_gram_duplicates, non_speech_output
 from speechkd.metrics.intervals import group_error_rates, macro_mean_wer, num_errors, paired_difference, wer_interval
+from speechkd.metrics.normalizers import Normalizer
 from speechkd.metrics.slu import slot_recall
-from speechkd.metrics.wer import Normalizer, digit_error_rate, error_rates, utterance_errors
+from speechkd.metrics.wer import digit_error_rate, error_rates, utterance_errors
 from speechkd.models.long_form import LongFormConfig, transcribe_long_manifest
 
 logger = logging.getLogger(__name__)

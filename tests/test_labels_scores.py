@@ -66,7 +66,7 @@ def test_normalisers(normalizer, text, expected):
 
 
 def test_unknown_normaliser_is_refused():
-    with pytest.raises(ValueError, match="unknown normalizer 'hindi'; choose english.*keep_marks or arabic"):
+    with pytest.raises(ValueError, match="unknown normalizer 'hindi'; choose one of english.*keep_marks, arabic"):
         normalize_label("a", "hindi")
 
 

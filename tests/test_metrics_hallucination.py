@@ -17,7 +17,8 @@ from speechkd.metrics.hallucination import (
     non_speech_output,
     write_non_speech,
 )
-from speechkd.metrics.wer import error_rates, get_normalizer
+from speechkd.metrics.normalizers import get_normalizer
+from speechkd.metrics.wer import error_rates
 from speechkd.teachers import load_whisper
 
 DECODING = DecodingConfig(max_new_tokens=5)

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from speechkd.metrics.wer import digit_error_rate, error_rates, get_normalizer, spell_digits, utterance_errors
+from speechkd.metrics.normalizers import get_normalizer
+from speechkd.metrics.wer import digit_error_rate, error_rates, spell_digits, utterance_errors
 
 CARD_REFERENCES = ["we will meet at noon", "good morning everyone"]
 CARD_HYPOTHESES = ["we will eat at noon thank you", "good everyone"]
@@ -34,9 +35,15 @@ def test_none_changes_white_space_only():
     assert get_normalizer("none")("  Hello,\n <|en|>  World ") == "Hello, <|en|> World"
 
 
+def test_words_of_hindi_stay_whole_and_chinese_characters_count_as_words():
+    assert error_rates(["यह हिन्दी में है"], ["यह हिन्दी मे है"], "keep_marks").wer == 25.0
+    assert error_rates(["我要咖啡"], ["我要加啡"], "keep_marks").wer == 25.0
+    assert error_rates(["مُحَمَّد هنا"], ["محمد هنا"], "arabic").wer == 0.0
+
+
 def test_unknown_normalizer_is_refused():
-    with pytest.raises(ValueError, match="'arabic'.*english, basic or none"):
-        get_normalizer("arabic")
+    with pytest.raises(ValueError, match="'hindi'.*english, basic, none, keep_marks, arabic"):
+        get_normalizer("hindi")
 
 
 def test_number_of_thousands_of_digits_is_normalised():

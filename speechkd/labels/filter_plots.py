@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from speechkd.files import atomic_write
 from speechkd.labels.filters import HIGHER_IS_BETTER, ScoreName, label_scores
-from speechkd.labels.scores import LabelNormalizer
+from speechkd.metrics.normalizers import Normalizer
 
 AXIS_LABELS: dict[ScoreName, str] = {
     "wer": "word error rate against the reference (%)",
@@ -52,7 +52,7 @@ def plot_score(
     name: ScoreName,
     path: str | Path,
     *,
-    normalizer: LabelNormalizer = "english",
+    normalizer: Normalizer = "english",
     threshold: float | None = None,
 ) -> None:
     """Draw one score before choosing where to cut: a histogram, and kept hours over the threshold.

@@ -12,7 +12,6 @@ import numpy as np
 
 from speechkd.labels.score_store import read_scores
 from speechkd.labels.scores import (
-    LabelNormalizer,
     all_caps,
     label_cer,
     label_wer,
@@ -22,6 +21,7 @@ from speechkd.labels.scores import (
     repeated_ngrams,
 )
 from speechkd.labels.scores import compression_ratio as compression_ratio  # labelling imports it from here
+from speechkd.metrics.normalizers import Normalizer
 
 ScoreName = Literal[
     "wer",
@@ -100,7 +100,7 @@ class FilterConfig:
         wer_rule: "<" drops a label at exactly max_wer, as Distil-Whisper's code does; "<=" keeps it, as its paper says.
         wer_normalizer: applied to both sides of error rates. "basic" cuts Devanagari, Arabic and other words apart at
             their marks: use "keep_marks" for these and for scripts without spaces between words (it counts characters
-            there), "arabic" to ignore vowel signs; see `speechkd.labels.scores.normalize_label`.
+            there), "arabic" to ignore vowel signs; see `speechkd.metrics.normalizers.get_normalizer`.
         min_mean_logprob: lowest mean natural log-probability of the label's tokens; -1 is Whisper's own threshold.
         max_compression_ratio: highest ratio of plain to zlib-compressed length; 2.4 is Whisper's own threshold.
         max_repeated_5grams: how many five-word (or five-digit) runs may repeat an earlier one. 1 leaves one phrase said
@@ -116,7 +116,7 @@ class FilterConfig:
 
     max_wer: float | None = None
     wer_rule: Literal["<", "<="] = "<"
-    wer_normalizer: LabelNormalizer = "english"
+    wer_normalizer: Normalizer = "english"
     min_mean_logprob: float | None = -1.0
     max_compression_ratio: float | None = 2.4
     max_repeated_5grams: int | None = 1
@@ -130,9 +130,9 @@ class FilterConfig:
     def __post_init__(self) -> None:
         if self.wer_rule not in ("<", "<="):
             raise ValueError(f"wer_rule must be '<' or '<=', got {self.wer_rule!r}")
-        if self.wer_normalizer not in get_args(LabelNormalizer):
+        if self.wer_normalizer not in get_args(Normalizer):
             raise ValueError(
-                f"wer_normalizer must be one of {', '.join(get_args(LabelNormalizer))}, got {self.wer_normalizer!r}"
+                f"wer_normalizer must be one of {', '.join(get_args(Normalizer))}, got {self.wer_normalizer!r}"
             )
         if self.max_wer is not None and not self.max_wer >= 0:
             raise ValueError(f"max_wer must be 0 or more percent, got {self.max_wer}; null switches the filter off")
@@ -263,9 +263,7 @@ def drop_reasons(rows: Sequence[dict[str, Any]], config: FilterConfig) -> list[s
     return _judge(rows, config)[1]
 
 
-def label_scores(
-    rows: Sequence[Mapping[str, Any]], name: ScoreName, normalizer: LabelNormalizer = "english"
-) -> np.ndarray:
+def label_scores(rows: Sequence[Mapping[str, Any]], name: ScoreName, normalizer: Normalizer = "english") -> np.ndarray:
     """One score of every label, for a filter or a picture.
 
     Args:
@@ -297,7 +295,7 @@ def label_scores(
     return np.array([_row_score(row, name, normalizer) for row in rows], dtype=np.float64)
 
 
-def _row_score(row: Mapping[str, Any], name: ScoreName, normalizer: LabelNormalizer) -> float:
+def _row_score(row: Mapping[str, Any], name: ScoreName, normalizer: Normalizer) -> float:
     text, reference, seconds = row["text"], row.get("reference"), row["duration_seconds"]
     if text is None:
         return math.nan
@@ -349,7 +347,7 @@ def _judge(rows: Sequence[dict[str, Any]], config: FilterConfig) -> tuple[dict[s
 
 
 def _judge_score(
-    rows: Sequence[dict[str, Any]], score: ScoreFilter, normalizer: LabelNormalizer
+    rows: Sequence[dict[str, Any]], score: ScoreFilter, normalizer: Normalizer
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which rows pass, and which cannot be judged for want of a reference; both (rows,), bool."""
     values = label_scores(rows, score.name, normalizer)

@@ -25,13 +25,13 @@ from speechkd.labels.filter_plots import kept_hours_curve, plot_score
 from speechkd.labels.filters import HIGHER_IS_BETTER, ScoreName, label_scores
 from speechkd.labels.score_store import SCORES_NAME, read_scores, record_origin, write_scores
 from speechkd.labels.scores import (
-    LabelNormalizer,
     language_model_nll,
     proxy_wer,
     speech_text_scores,
     whisper_label_entropy,
 )
 from speechkd.labels.teacher_cache import LabelStore, check_teacher
+from speechkd.metrics.normalizers import Normalizer
 from speechkd.models.whisper import encode
 from speechkd.preemption import Preempted, sigterm_requests
 from speechkd.teachers import load_processor, load_whisper, resolve_model, teacher_identity
@@ -62,7 +62,7 @@ def score_labels(
     language_model: str | None = None,
     speech_encoder: str | None = None,
     text_encoder: str | None = None,
-    normalizer: LabelNormalizer = "english",
+    normalizer: Normalizer = "english",
     batch_size: int = 8,
     plot: bool = False,
     device: torch.device | str | None = None,
@@ -138,7 +138,7 @@ def score_labels(
     }
 
 
-def summarize_score(rows: Sequence[Row], name: ScoreName, normalizer: LabelNormalizer = "english") -> dict[str, Any]:
+def summarize_score(rows: Sequence[Row], name: ScoreName, normalizer: Normalizer = "english") -> dict[str, Any]:
     """How a score spreads, what thresholds would keep, and the labels to look at first.
 
     Args:

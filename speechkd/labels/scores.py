@@ -10,10 +10,9 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import regex
 import torch
 import torch.nn.functional as F
 from rapidfuzz.distance import Levenshtein
@@ -21,51 +20,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, WhisperForConditionalGeneration
 from whisper_normalizer.basic import BasicTextNormalizer
 
-from speechkd.metrics.wer import get_normalizer
-
-LabelNormalizer = Literal["english", "basic", "none", "keep_marks", "arabic"]
+from speechkd.metrics.normalizers import Normalizer, get_normalizer
 
 SPECIAL_TOKEN = re.compile(r"<\|[^|]*\|>")
 WRITTEN_NUMBER = re.compile(r"\d[\d,]*")
 QUANTITY = re.compile(r"\d{1,3}(?:,\d{3})+,?")
-# Scripts without spaces between words: every character, with its marks, stands for a word
-UNSPACED = regex.compile(r"(?=[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Myanmar}\p{Khmer}])\X")
-INVISIBLE = regex.compile(r"\p{Cf}")  # joiners and direction marks: nobody hears them
-NOT_ARABIC = re.compile(r"[^\u0621-\u064A0-9%@\s]")  # once digits are ASCII and wasla is an alef
-ARABIC_LETTERS_AND_DIGITS = str.maketrans("أإآٱ٠١٢٣٤٥٦٧٨٩", "اااا0123456789")
 
 
-def normalize_label(text: str, normalizer: LabelNormalizer) -> str:
-    """A text as words are compared.
+def normalize_label(text: str, normalizer: Normalizer) -> str:
+    """A text as words are compared, separated by single spaces; special tokens are dropped, timestamps too.
 
     Args:
-        text: transcript; special tokens are dropped first, timestamps too.
-        normalizer: "english", "basic" and "none" are those of `speechkd.metrics.wer.get_normalizer`. "keep_marks"
-            lower-cases and drops punctuation, but leaves vowel signs and other marks with their letters (Devanagari
-            stays whole, where "basic" cuts it apart), and writes scripts without spaces, such as Thai, Chinese and
-            Japanese, one character a word, so that a word error rate there is one over characters. "arabic" is
-            uDistil-Whisper's: Arabic letters, digits, % and @ only, without vowel signs, alef in one form, digits
-            as in ASCII; Latin words vanish.
-
-    Returns:
-        Words separated by single spaces.
-
-    Raises:
-        ValueError: the normalizer is unknown.
+        text: transcript.
+        normalizer: see `get_normalizer`.
     """
-    text = SPECIAL_TOKEN.sub(" ", text)
-    if normalizer == "keep_marks":
-        text = UNSPACED.sub(r" \g<0> ", _keeping_marks()(INVISIBLE.sub("", text)))
-    elif normalizer == "arabic":
-        text = NOT_ARABIC.sub("", text.translate(ARABIC_LETTERS_AND_DIGITS))
-    elif normalizer in ("english", "basic", "none"):
-        text = get_normalizer(normalizer)(text)
-    else:
-        raise ValueError(f"unknown normalizer {normalizer!r}; choose english, basic, none, keep_marks or arabic")
-    return " ".join(text.split())
+    return " ".join(get_normalizer(normalizer)(SPECIAL_TOKEN.sub(" ", text)).split())
 
 
-def label_wer(reference: str, label: str, normalizer: LabelNormalizer) -> float | None:
+def label_wer(reference: str, label: str, normalizer: Normalizer) -> float | None:
     """Word error rate of a label in percent, or None where the normalised reference holds no word."""
     words = normalize_label(reference, normalizer).split()
     if not words:
@@ -73,7 +45,7 @@ def label_wer(reference: str, label: str, normalizer: LabelNormalizer) -> float 
     return 100 * Levenshtein.distance(words, normalize_label(label, normalizer).split()) / len(words)
 
 
-def label_cer(reference: str, label: str, normalizer: LabelNormalizer) -> float | None:
+def label_cer(reference: str, label: str, normalizer: Normalizer) -> float | None:
     """Character error rate of a label in percent, or None where the normalised reference is empty.
 
     Characters are code points, so a vowel sign counts as one; white space does not count, since scripts without
@@ -86,7 +58,7 @@ def label_cer(reference: str, label: str, normalizer: LabelNormalizer) -> float 
 
 
 def proxy_wer(
-    rows: Sequence[Mapping[str, Any]], proxy_rows: Iterable[Mapping[str, Any]], normalizer: LabelNormalizer
+    rows: Sequence[Mapping[str, Any]], proxy_rows: Iterable[Mapping[str, Any]], normalizer: Normalizer
 ) -> np.ndarray:
     """Word error rate of labels against another model's, which stands in for the missing reference.
 
@@ -349,7 +321,7 @@ def language_model_nll(
 
 @cache
 def _keeping_marks() -> BasicTextNormalizer:
-    return BasicTextNormalizer(preserve_marks=True)  # vowel signs belong to their words
+    return BasicTextNormalizer(preserve_marks=True)  # and words without spaces stay words, or few runs would be long
 
 
 def _split_digits(match: re.Match[str]) -> str:

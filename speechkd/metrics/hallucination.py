@@ -13,7 +13,8 @@ from speechkd.data.features import SAMPLE_RATE_HZ
 from speechkd.data.manifest import write_manifest
 from speechkd.files import atomic_write
 from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
-from speechkd.metrics.wer import ErrorRates, Normalizer, get_normalizer
+from speechkd.metrics.normalizers import Normalizer, get_normalizer
+from speechkd.metrics.wer import ErrorRates
 
 NON_SPEECH_KINDS = ("silence", "white_noise", "pink_noise")
 INT16_STEP = 1 / 32768

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from speechkd.metrics.wer import get_normalizer
+from speechkd.metrics.normalizers import get_normalizer
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,16 @@
-"""Word, character and digit error rates after Whisper's text normalisation."""
+"""Word, character and digit error rates after text normalisation."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
 
 import jiwer
-from whisper_normalizer.basic import BasicTextNormalizer
-from whisper_normalizer.english import EnglishTextNormalizer
 
-Normalizer = Literal["english", "basic", "none"]
+from speechkd.metrics.normalizers import Normalizer, get_normalizer
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # A written number with its currency or percent sign; ordinals, "42k" and "mp3" are left to the normaliser
 WRITTEN_NUMBER = re.compile(r"(?<!\w)[$€£¢]?(\d+(?:[.,]\d+)*)%?(?![.,]?\w)")
-# Python refuses to read integers above 4,300 digits, on which the English normaliser fails an assertion
-OVERLONG_NUMBER = re.compile(r"\d{4000}")
 
 
 @dataclass(frozen=True)
@@ -42,34 +36,6 @@ class ErrorRates:
     num_reference_words: int
     num_utterances: int
     num_empty_references: int
-
-
-@cache
-def get_normalizer(name: Normalizer) -> Callable[[str], str]:
-    """Text normalisation before words are compared.
-
-    Args:
-        name: "english" is Whisper's English normaliser: lower case, no punctuation, spelled numbers to digits,
-            British to American spelling; it is kept as published, down to the lone "." that a final "..." leaves and
-            that counts as a word. "basic" is Whisper's for other languages: lower case, no punctuation; it
-            replaces combining marks by spaces and so cuts Devanagari, Arabic and other words apart. Both delete
-            `<...>`, `[...]` and `(...)`. "none" only collapses white space.
-
-    Returns:
-        A function from text to normalised text without surrounding space.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    if name == "english":
-        english = EnglishTextNormalizer()
-        return lambda text: english(OVERLONG_NUMBER.sub(r"\g<0> ", text)).strip()
-    if name == "basic":
-        basic = BasicTextNormalizer(remove_diacritics=False, split_letters=False)
-        return lambda text: basic(text).strip()
-    if name == "none":
-        return lambda text: " ".join(text.split())
-    raise ValueError(f"unknown normalizer {name!r}; choose english, basic or none")
 
 
 def error_rates(references: Sequence[str], hypotheses: Sequence[str], normalizer: Normalizer) -> ErrorRates:
