@@ -293,6 +293,13 @@ def test_sort_keys_bring_like_together_in_as_many_equally_full_batches(world_siz
         assert np.ptp([np.median(keys[batch]) for batch in step]) < 10  # no rank waits for a longer one
 
 
+def test_a_small_corpus_is_still_mixed_when_it_is_sorted():
+    sampler = DurationBatchSampler(np.full(32, 30.0), 240.0, sort_keys=np.arange(32))
+    first = {frozenset(batch) for batch in sampler}
+    sampler.set_epoch(1)
+    assert len(first) == 4 and first.isdisjoint(frozenset(batch) for batch in sampler)
+
+
 def test_sorted_batches_go_on_where_an_epoch_was_left():
     settings_of_all = {"sort_keys": np.arange(100) % 7, "seed": 4}
     whole = DurationBatchSampler(np.full(100, 30.0), 120.0, **settings_of_all)

@@ -14,7 +14,8 @@ from torch.utils.data import Sampler
 
 Item = TypeVar("Item")
 
-SORTED_STEPS = 16  # more sort better and mix worse
+SORTED_STEPS = 16  # as many at most are sorted together: more sort better and mix worse
+MIN_SORTED_GROUPS = 4  # of an epoch; sorted as a whole, a small corpus would give the same batches in every epoch
 
 
 def bucket_edges(durations_seconds: np.ndarray, num_buckets: int) -> np.ndarray:
@@ -212,12 +213,14 @@ class DurationBatchSampler(Sampler[list[int]]):
         return first, (int(self.last_steps[bucket]) - first) * self.world_size
 
     def _sorted(self, shuffled: np.ndarray, bucket: int) -> np.ndarray:
-        """The utterances of a bucket, sorted within groups of steps: sorted as a whole, few would meet others."""
+        """The utterances of a bucket, sorted within groups of steps."""
         if self.sort_keys is None:
             return shuffled
         num_batches = self._batches_of(bucket)[1]
-        group = SORTED_STEPS * self.world_size
-        ends = [number * len(shuffled) // num_batches for number in range(group, num_batches, group)]
+        num_steps = num_batches // self.world_size
+        num_groups = min(num_steps, max(MIN_SORTED_GROUPS, -(-num_steps // SORTED_STEPS)))
+        firsts = [group * num_steps // num_groups * self.world_size for group in range(1, num_groups)]
+        ends = [batch * len(shuffled) // num_batches for batch in firsts]
         parts = [part[np.argsort(self.sort_keys[part], kind="stable")] for part in np.split(shuffled, ends)]
         return np.concatenate(parts)
 
