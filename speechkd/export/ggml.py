@@ -3,6 +3,7 @@
 The format is public: https://github.com/ggml-org/whisper.cpp, `models/README.md` and the loader in `src/whisper.cpp`.
 """
 
+import logging
 import math
 import struct
 from collections.abc import Callable
@@ -254,6 +255,7 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path} does not exist; make it with `speechkd export --format ggml`")
     if not _is_complete(path):
         raise ValueError(f"{path} is no whole model for whisper.cpp; make it anew with `speechkd export --format ggml`")
+    logging.getLogger("pywhispercpp").setLevel(logging.WARNING)  # it tells of every clip, twice
     return Model(str(path), redirect_whispercpp_logs_to=None)
 
 
