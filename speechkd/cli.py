@@ -99,10 +99,19 @@ def _parser() -> ArgumentParser:
     label.set_defaults(run=_label)
 
     evaluate = commands.add_parser(
-        "evaluate", help="score a model on a manifest", formatter_class=ArgumentDefaultsHelpFormatter
+        "evaluate",
+        help="score a model on a manifest, or a prediction file",
+        formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    evaluate.add_argument("--model", required=True, help="Hub id, folder or bundled:<name>")
-    evaluate.add_argument("--task", choices=("asr",), default="asr", help="what to score")
+    evaluate.add_argument(
+        "--task",
+        choices=("asr", "slurp"),
+        default="asr",
+        help="what to score: asr needs --model, --manifest and --output-dir; slurp needs --predictions and --gold",
+    )
+    evaluate.add_argument("--model", help="Hub id, folder or bundled:<name>")
+    evaluate.add_argument("--predictions", metavar="FILE", help="JSONL of predicted meanings, with --task slurp")
+    evaluate.add_argument("--gold", metavar="FILE", help="annotations, such as SLURP's test.jsonl, with --task slurp")
     evaluate.add_argument(
         "--long-form", choices=("chunked", "sequential"), help="transcribe clips above 30 s too, in this way"
     )
@@ -126,7 +135,7 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument(
         "--non-speech-clips", type=int, default=0, metavar="N", help="also decode N clips each of noises and silence"
     )
-    _add_decoding(evaluate)
+    _add_decoding(evaluate, manifest_required=False, output_dir_required=False)
     evaluate.set_defaults(run=_evaluate)
 
     bench = commands.add_parser(
@@ -196,13 +205,15 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _add_decoding(parser: ArgumentParser, manifest_required: bool = True) -> None:
+def _add_decoding(parser: ArgumentParser, manifest_required: bool = True, output_dir_required: bool = True) -> None:
     _add_transcription(parser, manifest_required)
     parser.add_argument("--device", help="torch device; CUDA if there is one")
     parser.add_argument(
         "--batch-size", type=_number_or_auto, default=16, help="clips decoded together; auto takes what a GPU holds"
     )
-    parser.add_argument("--output-dir", required=True, help="folder for the results; continued if it was begun")
+    parser.add_argument(
+        "--output-dir", required=output_dir_required, help="folder for the results; continued if it was begun"
+    )
     parser.add_argument("--num-workers", type=int, default=0, help="processes that decode audio")
     parser.add_argument("--max-skipped-fraction", type=float, default=0.01, help="share of clips that may be unusable")
 
@@ -269,7 +280,30 @@ def _label(arguments: Namespace) -> dict[str, Any]:
     }
 
 
+EVALUATION_NEEDS = {"asr": ("model", "manifest", "output_dir"), "slurp": ("predictions", "gold")}
+EVALUATION_REFUSES = {"asr": ("predictions", "gold"), "slurp": ("model", "manifest")}
+
+
 def _evaluate(arguments: Namespace) -> dict[str, Any]:
+    task = arguments.task
+    lacking = [_option(name) for name in EVALUATION_NEEDS[task] if getattr(arguments, name) is None]
+    if lacking:
+        raise ValueError(f"evaluate --task {task} needs {' and '.join(lacking)}")
+    useless = [_option(name) for name in EVALUATION_REFUSES[task] if getattr(arguments, name) is not None]
+    if useless:
+        raise ValueError(f"evaluate --task {task} does not use {' and '.join(useless)}; leave out or choose --task")
+    if task == "slurp":
+        from speechkd.metrics.slurp import evaluate_slurp
+
+        return evaluate_slurp(arguments.predictions, arguments.gold, arguments.output_dir)
+    return _evaluate_asr(arguments)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _evaluate_asr(arguments: Namespace) -> dict[str, Any]:
     from speechkd.evaluate import evaluate_asr
     from speechkd.models.long_form import LongFormConfig
 

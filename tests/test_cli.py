@@ -32,6 +32,28 @@ def test_bad_input_ends_with_2_and_its_message(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "asr"], "evaluate --task asr needs --model and --manifest and --output-dir"),
+        (["--model", "m", "--output-dir", "out"], "evaluate --task asr needs --manifest"),
+        (["--task", "slurp", "--gold", "gold.jsonl"], "evaluate --task slurp needs --predictions"),
+        (
+            ["--task", "slurp", "--gold", "g", "--predictions", "p", "--model", "m"],
+            "evaluate --task slurp does not use --model",
+        ),
+        (
+            ["--model", "m", "--manifest", "f", "--output-dir", "out", "--gold", "g"],
+            "evaluate --task asr does not use --gold",
+        ),
+    ],
+)
+def test_evaluate_says_what_its_task_lacks_or_does_not_use(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["evaluate", *arguments])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_ends_with_1_and_a_bug_keeps_its_traceback():
     with pytest.raises(SystemExit) as error, exit_codes():
         raise FloatingPointError("the loss is nan")
