@@ -24,9 +24,11 @@ from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
 from speechkd.data.hub import read_utterances
 from speechkd.data.loader import clip_batches, length_sorted
 from speechkd.data.manifest import Manifest
+from speechkd.data.packing import WINDOW_SECONDS
 from speechkd.doctor import hardware_name
 from speechkd.evaluate import real_time_factor_inverse
 from speechkd.export.ctranslate2 import Ctranslate2Transcriber
+from speechkd.export.parity import check_clips_fit
 from speechkd.export.transcribers import Transcriber, load_transcriber, read_export
 from speechkd.labels.pseudo_label import DecodingConfig
 from speechkd.metrics.normalizers import Normalizer, get_normalizer
@@ -107,7 +109,7 @@ def bench_models(
         clip (`speed_ratio`) and of decoding alone (`decoding_ratio`).
 
     Raises:
-        ValueError: no clip, a model or an assistant that does not fit.
+        ValueError: no clip, clips longer than an export's window, a model or an assistant that does not fit.
     """
     if max_clips is not None and max_clips < 1:
         raise ValueError(f"max_clips must be 1 or more, got {max_clips}")
@@ -115,6 +117,10 @@ def bench_models(
     manifest = read_utterances(manifest_path)
     if max_clips is not None:
         manifest = manifest.select(range(min(max_clips, len(manifest))))
+    for name in model_names:
+        window_seconds = (read_export(name) or {}).get("window_seconds", WINDOW_SECONDS)
+        if window_seconds < WINDOW_SECONDS:
+            check_clips_fit(manifest_path, window_seconds, max_clips)
     contenders = [_load(name, decoding, device) for name in model_names]
     if assistant_name is not None:
         contenders.append(_with_assistant(contenders[0], assistant_name))
@@ -151,7 +157,7 @@ def _load(name: str, decoding: DecodingConfig, device: torch.device) -> _Contend
     model, processor = load_whisper(name, device=device), load_processor(name)
     load_seconds = _now(device) - started
     tokens = WhisperTokens.from_tokenizer(processor.tokenizer, language=decoding.language, task=decoding.task)
-    log_mel = WhisperLogMel(model.config.num_mel_bins).to(device)
+    log_mel = WhisperLogMel.for_model(model.config).to(device)
     return _Contender([name], load_seconds, model, processor.tokenizer, tokens, log_mel)
 
 

@@ -162,6 +162,9 @@ def _parser() -> ArgumentParser:
         help="huggingface: float32, float16, bfloat16; ctranslate2: float32, float16, int8, int8_float16; "
         "onnx: float32, int8; ggml: f16, q5_0; the first one if not given",
     )
+    export.add_argument(
+        "--window-seconds", type=int, metavar="N", help="longest clip of the export; 30 if not given, less is faster"
+    )
     export.add_argument("--max-clips", type=int, default=20, help="clips to compare with the source model")
     _add_transcription(export, manifest_required=False)
     export.set_defaults(run=_export, num_workers=0, batch_size=1)
@@ -354,6 +357,7 @@ def _export(arguments: Namespace) -> dict[str, Any]:
         arguments.format,
         arguments.output_dir,
         precision=arguments.precision,
+        window_seconds=arguments.window_seconds,
         manifest_path=arguments.manifest,
         max_clips=arguments.max_clips,
         decoding=_decoding(arguments),

@@ -4,6 +4,7 @@ Whisper's log-mel, Kaldi's filter banks, and the normalised waveforms of wav2vec
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,12 @@ import torchaudio
 from torch import Tensor, nn
 from torchaudio.compliance.kaldi import get_mel_banks
 
+if TYPE_CHECKING:
+    from transformers import WhisperConfig
+
 SAMPLE_RATE_HZ = 16_000
 WINDOW_SAMPLES = 30 * SAMPLE_RATE_HZ
+SAMPLES_PER_POSITION = 320  # of Whisper's encoder: the second convolution halves the rate
 FFT_SAMPLES = 400
 HOP_LENGTH_SAMPLES = 160
 KALDI_FRAME_SAMPLES = 400
@@ -29,43 +34,50 @@ class WhisperLogMel(nn.Module):
 
     Args:
         num_mels: 80, or 128 for large-v3 and its descendants.
+        window_seconds: to which each clip is padded; below 30 for models of `models.whisper.shorten_window`.
     """
 
     filters: Tensor
     window: Tensor
 
-    def __init__(self, num_mels: int = 80) -> None:
+    def __init__(self, num_mels: int = 80, window_seconds: float = WINDOW_SAMPLES / SAMPLE_RATE_HZ) -> None:
         super().__init__()
+        self.max_samples = round(window_seconds * SAMPLE_RATE_HZ)
         filters = torchaudio.functional.melscale_fbanks(
             FFT_SAMPLES // 2 + 1, 0.0, SAMPLE_RATE_HZ / 2, num_mels, SAMPLE_RATE_HZ, norm="slaney", mel_scale="slaney"
         )
         self.register_buffer("filters", filters.T.contiguous(), persistent=False)
         self.register_buffer("window", torch.hann_window(FFT_SAMPLES), persistent=False)
 
+    @classmethod
+    def for_model(cls, config: "WhisperConfig") -> "WhisperLogMel":
+        """That of a model, by its `WhisperConfig`."""
+        return cls(config.num_mel_bins, config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ)
+
     @torch.no_grad()
     def forward(self, waveforms: Tensor) -> Tensor:
         """Features of a batch of clips.
 
         Args:
-            waveforms: 16 kHz samples, zero-padded to a common length of at most 30 s, (batch, samples).
+            waveforms: 16 kHz samples, zero-padded to a common length of at most the window, (batch, samples).
 
         Returns:
-            `input_features`, (batch, mels, 3000), float32.
+            `input_features`, (batch, mels, 100 a second of the window: 3000), float32.
 
         Raises:
-            ValueError: the clips are longer than 30 s, or there is none.
+            ValueError: the clips are longer than the window, or there is none.
         """
         num_samples = waveforms.shape[-1]
-        if num_samples > WINDOW_SAMPLES:
+        if num_samples > self.max_samples:
             raise ValueError(
-                f"a clip of {num_samples / SAMPLE_RATE_HZ:.2f} s is longer than Whisper's window of 30 s; "
-                "cut it into shorter clips"
+                f"a clip of {num_samples / SAMPLE_RATE_HZ:.2f} s is longer than the model's window of "
+                f"{self.max_samples / SAMPLE_RATE_HZ:g} s; cut it into shorter clips"
             )
         with torch.autocast(waveforms.device.type, enabled=False):
             return clip_by_clip_on_cpu(self._log_mel, waveforms.float())
 
     def _log_mel(self, waveforms: Tensor) -> Tensor:
-        total_frames = WINDOW_SAMPLES // HOP_LENGTH_SAMPLES
+        total_frames = self.max_samples // HOP_LENGTH_SAMPLES
         # beyond the third frame after the clip a window sees zeros only
         num_frames = min(waveforms.shape[-1] // HOP_LENGTH_SAMPLES + 3, total_frames)
         waveforms = F.pad(waveforms, (0, num_frames * HOP_LENGTH_SAMPLES - waveforms.shape[-1]))

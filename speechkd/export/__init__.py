@@ -19,6 +19,7 @@ def export_model(
     output_dir: str | Path,
     *,
     precision: str | None = None,
+    window_seconds: int | None = None,
     manifest_path: str | Path | None = None,
     max_clips: int | None = None,
     decoding: Any = None,
@@ -33,6 +34,9 @@ def export_model(
         format_name: what to write.
         output_dir: absent or empty.
         precision: of the weights; the format's first one if not given.
+        window_seconds: longest clip that the export takes, instead of 30 s: less work for short utterances. In Hugging
+            Face, ONNX and ggml the encoder loses its later positions. CTranslate2 keeps them, because faster-whisper
+            always fills 30 s; its own library takes features of that length and `export.json` says so.
         manifest_path: clips to compare on; without it nothing is compared, and a warning says so.
         max_clips: only the first so many.
         decoding: a `DecodingConfig`: language, task and limit for the comparison; English by default.
@@ -41,19 +45,22 @@ def export_model(
         Content of `export.json`, `output_dir` and `size_megabytes`.
 
     Raises:
-        ValueError: the output folder is not empty, an unknown precision, a missing library, or no clip to compare on.
+        ValueError: the output folder is not empty, an unknown precision or window, a missing library, clips longer than
+            the window, or no clip to compare on.
     """
     # imported here because recipes take speechkd.export.huggingface alone
     from transformers.utils import cached_file
 
+    from speechkd.data.features import SAMPLE_RATE_HZ, SAMPLES_PER_POSITION
     from speechkd.export.ctranslate2 import CTRANSLATE2_PRECISIONS, export_ctranslate2
     from speechkd.export.ggml import GGML_PRECISIONS, export_ggml
-    from speechkd.export.huggingface import HUGGINGFACE_PRECISIONS, export_huggingface
+    from speechkd.export.huggingface import HUGGINGFACE_PRECISIONS, export_huggingface, export_short_window
     from speechkd.export.onnx import ONNX_PRECISIONS, export_onnx
-    from speechkd.export.parity import check_parity, log_parity
+    from speechkd.export.parity import check_clips_fit, check_parity, log_parity
     from speechkd.export.transcribers import EXPORT_FILE, huggingface_transcriber, load_transcriber, read_export
     from speechkd.files import folder_lock, full_disk_explained, write_json
     from speechkd.labels.decoding import DecodingConfig
+    from speechkd.models.whisper import shorten_window
     from speechkd.teachers import load_processor, load_whisper, resolve_model, teacher_identity
 
     formats: dict[str, tuple[tuple[str, ...], Any]] = {
@@ -74,19 +81,25 @@ def export_model(
     if (read_export(model_name) or {}).get("format", "huggingface") != "huggingface":
         raise ValueError(f"{model_name} is an export already; give the Hugging Face folder that it was made of")
     model = load_whisper(model_name)
+    identity = teacher_identity(model_name, model)
     load_processor(model_name)
+    if window_seconds is not None:
+        shorten_window(model, window_seconds)  # refuses a window that the model does not have
+        if manifest_path is not None:
+            check_clips_fit(manifest_path, window_seconds, max_clips)
     resolved = Path(resolve_model(model_name))
     # a Hub id: the two lines above have put all its files beside its config
     folder = resolved if resolved.is_dir() else Path(str(cached_file(str(resolved), "config.json"))).parent
     export: dict[str, Any] = {
         "format": format_name,
         "precision": precision,
-        "model": teacher_identity(model_name, model),
+        "model": identity,
         "encoder_layers": model.config.encoder_layers,
         "decoder_layers": model.config.decoder_layers,
         "parameters": model.num_parameters(),
         "speechkd_version": version("speechkd"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "window_seconds": model.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ,
         "parity": None,
     }
     del model
@@ -100,6 +113,9 @@ def export_model(
         shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
         written.mkdir()
         try:
+            if window_seconds is not None and format_name != "ctranslate2":
+                export_short_window(folder, work_dir / "short", window_seconds)
+                folder = work_dir / "short"
             write_format(folder, written, precision=precision)
             write_json(written / EXPORT_FILE, export)
             if manifest_path is None:

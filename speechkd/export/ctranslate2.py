@@ -81,12 +81,15 @@ class Ctranslate2Transcriber:
         language: language code; None for English-only models.
         task: "transcribe" or "translate".
         max_new_tokens: limit of decoded tokens.
+        window_seconds: to which clips are padded; the encoder works on so much.
 
     Raises:
         ValueError: CTranslate2 is not installed, a file is missing or spoiled, or the vocabulary lacks the language.
     """
 
-    def __init__(self, folder: Path, *, language: str | None, task: str, max_new_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, *, language: str | None, task: str, max_new_tokens: int, window_seconds: float = 30.0
+    ) -> None:
         self._runtime = _require("ctranslate2")
         if not (folder / "model.bin").is_file():
             raise ValueError(
@@ -100,7 +103,7 @@ class Ctranslate2Transcriber:
             )
         except RuntimeError as error:
             raise ValueError(f"CTranslate2 cannot load {folder}: {error}; export the model anew") from error
-        self._log_mel = WhisperLogMel(self._model.n_mels)
+        self._log_mel = WhisperLogMel(self._model.n_mels, window_seconds)
         self._prefix = list(tokens.prefix)
         num_tokens = min(max_new_tokens, MAX_POSITIONS - len(self._prefix))
         vocab_size = len(json.loads((folder / "vocabulary.json").read_text(encoding="utf-8")))
@@ -119,7 +122,7 @@ class Ctranslate2Transcriber:
         return str(self._model.compute_type)
 
     def __call__(self, waveform: np.ndarray) -> str:
-        """From 16 kHz samples, at most 30 s, (samples,), float32, to the text."""
+        """From 16 kHz samples, at most the window, (samples,), float32, to the text."""
         return self.transcribe_batch(waveform[None])[0]
 
     def transcribe_batch(self, waveforms: np.ndarray) -> list[str]:
@@ -132,7 +135,9 @@ class Ctranslate2Transcriber:
 
 
 def ctranslate2_transcriber(
-    folder: Path, *, language: str | None, task: str, max_new_tokens: int
+    folder: Path, *, language: str | None, task: str, max_new_tokens: int, window_seconds: float = 30.0
 ) -> Ctranslate2Transcriber:
     """As the other formats' transcribers; see `Ctranslate2Transcriber`."""
-    return Ctranslate2Transcriber(folder, language=language, task=task, max_new_tokens=max_new_tokens)
+    return Ctranslate2Transcriber(
+        folder, language=language, task=task, max_new_tokens=max_new_tokens, window_seconds=window_seconds
+    )

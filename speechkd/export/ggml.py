@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, WhisperConfig, WhisperForCondi
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from speechkd.data.collate import WhisperTokens
-from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES, WhisperLogMel
+from speechkd.data.features import SAMPLE_RATE_HZ, SAMPLES_PER_POSITION, WhisperLogMel
 from speechkd.teachers import load_processor, load_whisper
 
 GGML_PRECISIONS = ("f16", "q5_0")
@@ -204,12 +204,14 @@ def ggml_transcriber(
         max_new_tokens: longest transcript in tokens; whisper.cpp stops at 220 by itself.
 
     Returns:
-        From 16 kHz samples, at most 30 s, (samples,), float32, to the text.
+        From 16 kHz samples, at most the model's window, (samples,), float32, to the text.
 
     Raises:
         ValueError: pywhispercpp is not installed, the file is missing or cannot be read, or the language is unknown.
     """
     model = _load(folder / GGML_FILE)
+    with (folder / GGML_FILE).open("rb") as file:
+        max_samples = struct.unpack("<3i", file.read(12))[2] * SAMPLES_PER_POSITION  # of `_write_header`
     if language is not None and language not in (known := model.available_languages()):
         raise ValueError(f"whisper.cpp does not know the language {language!r}; it knows {', '.join(sorted(known))}")
     parameters: dict[str, Any] = {
@@ -232,9 +234,10 @@ def ggml_transcriber(
     }
 
     def transcribe(waveform: np.ndarray) -> str:
-        if len(waveform) > WINDOW_SAMPLES:
+        if len(waveform) > max_samples:
             raise ValueError(
-                f"a clip of {len(waveform) / SAMPLE_RATE_HZ:.2f} s is longer than Whisper's window of 30 s; cut it"
+                f"a clip of {len(waveform) / SAMPLE_RATE_HZ:.2f} s is longer than the model's window of "
+                f"{max_samples / SAMPLE_RATE_HZ:g} s; cut it"
             )
         # the program refuses very short clips; Whisper sees zeros after the clip anyway
         padded = np.pad(waveform, (0, max(0, SAMPLE_RATE_HZ - len(waveform))))

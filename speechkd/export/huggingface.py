@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, WhisperFeatureExtractor
 
 from speechkd.files import atomic_write, full_disk_explained
+from speechkd.models.whisper import shorten_window
 from speechkd.teachers import load_processor, load_whisper
 
 HUGGINGFACE_PRECISIONS = ("float32", "float16", "bfloat16")
@@ -33,6 +34,28 @@ def export_huggingface(model_folder: Path, output_dir: Path, *, precision: str) 
         )
     load_whisper(str(model_folder), dtype=getattr(torch, precision)).save_pretrained(output_dir)
     load_processor(str(model_folder)).save_pretrained(output_dir)
+    if (card := model_folder / "README.md").is_file():
+        shutil.copyfile(card, output_dir / card.name)
+
+
+def export_short_window(model_folder: Path, output_dir: Path, window_seconds: int) -> None:
+    """Write a Whisper as a Hugging Face folder whose encoder hears clips up to `window_seconds`; see `shorten_window`.
+
+    Raises:
+        ValueError: the model has no such window.
+    """
+    model, processor = load_whisper(str(model_folder)), load_processor(str(model_folder))
+    shorten_window(model, window_seconds)
+    features = processor.feature_extractor
+    processor.feature_extractor = WhisperFeatureExtractor(
+        feature_size=features.feature_size,
+        sampling_rate=features.sampling_rate,
+        hop_length=features.hop_length,
+        n_fft=features.n_fft,
+        chunk_length=window_seconds,
+    )
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
     if (card := model_folder / "README.md").is_file():
         shutil.copyfile(card, output_dir / card.name)
 

@@ -111,7 +111,7 @@ class _Decoder(nn.Module):
 
     def decode(self, input_ids: Tensor, encoder_hidden_states: Tensor, cache: Any) -> tuple[Tensor, Any]:
         states = self.decoder(
-            input_ids=input_ids, encoder_hidden_states=encoder_hidden_states, past_key_values=cache, use_cache=True
+            input_ids=input_ids, encoder_hidden_states=encoder_hidden_states, cache=cache, use_cache=True
         ).last_hidden_state
         return self.head(states), cache
 
@@ -343,7 +343,7 @@ def onnx_decoder(folder: Path, tokens: WhisperTokens, *, max_new_tokens: int) ->
         _session(runtime, folder / f"{name}.onnx") for name in (ENCODER, DECODER, DECODER_WITH_PAST)
     )
     config = WhisperConfig.from_pretrained(folder)
-    log_mel = WhisperLogMel(config.num_mel_bins)
+    log_mel = WhisperLogMel.for_model(config)
     generation = GenerationConfig.from_pretrained(folder)
     ruled_out, ruled_out_first = ruled_out_tokens(generation, config.vocab_size, tokens, timestamps=False).numpy()
     made = ["logits", *cache_names("present", config.decoder_layers)]

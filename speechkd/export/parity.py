@@ -56,6 +56,21 @@ def check_parity(
     }
 
 
+def check_clips_fit(manifest_path: str | Path, window_seconds: float, max_clips: int | None = None) -> None:
+    """Refuse clips that are longer than what an export takes.
+
+    Raises:
+        ValueError: names how many are, and the longest.
+    """
+    seconds = read_utterances(manifest_path).durations_seconds[:max_clips]
+    num_long = int((seconds > window_seconds).sum())
+    if num_long:
+        raise ValueError(
+            f"{num_long} of {len(seconds)} clips of {manifest_path} are longer than the export's window of "
+            f"{window_seconds:g} s, the longest has {seconds.max():.2f} s; choose a longer window, or clips that fit"
+        )
+
+
 def compare_texts(ids: list[str], source_texts: list[str], export_texts: list[str]) -> dict[str, Any]:
     """How many texts are equal to the letter, and which are not.
 

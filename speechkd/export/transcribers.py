@@ -14,7 +14,7 @@ from speechkd.models.greedy import greedy_tokens
 from speechkd.teachers import load_processor, load_whisper
 
 EXPORT_FILE = "export.json"
-# from 16 kHz samples, at most 30 s, (samples,), float32, to the text: greedy, without timestamps
+# from 16 kHz samples, at most the export's window, (samples,), float32, to the text: greedy, without timestamps
 Transcriber = Callable[[np.ndarray], str]
 
 
@@ -56,7 +56,10 @@ def load_transcriber(name: str, *, language: str | None, task: str, max_new_toke
     if format_name == "ctranslate2":
         from speechkd.export.ctranslate2 import ctranslate2_transcriber
 
-        return ctranslate2_transcriber(folder, language=language, task=task, max_new_tokens=max_new_tokens)
+        window_seconds = (export or {}).get("window_seconds", 30.0)
+        return ctranslate2_transcriber(
+            folder, language=language, task=task, max_new_tokens=max_new_tokens, window_seconds=window_seconds
+        )
     if format_name == "onnx":
         from speechkd.export.onnx import onnx_transcriber
 
@@ -75,7 +78,7 @@ def huggingface_transcriber(name: str, *, language: str | None, task: Any, max_n
     model, tokenizer = load_whisper(name, dtype=torch.float32), load_processor(name).tokenizer
     decoding = DecodingConfig(language=language, task=task, max_new_tokens=max_new_tokens)
     tokens = decoding_tokens(name, model, tokenizer, decoding)
-    log_mel = WhisperLogMel(model.config.num_mel_bins)
+    log_mel = WhisperLogMel.for_model(model.config)
 
     @torch.no_grad()
     def transcribe(waveform: np.ndarray) -> str:

@@ -38,7 +38,7 @@ class Labeller:
         self.model, self.decoding = model, decoding
         self.tokenizer = load_processor(model_name).tokenizer
         self.tokens = decoding_tokens(model_name, model, self.tokenizer, decoding)
-        self.log_mel = WhisperLogMel(model.config.num_mel_bins).to(model.device)
+        self.log_mel = WhisperLogMel.for_model(model.config).to(model.device)
         self.num_clips = decoding.clips_per_batch(model.device)
         self._is_warm = False
 

@@ -242,7 +242,7 @@ def _entropy_scorer(store: LabelStore, manifest: Manifest, device: torch.device)
     )
     # where timestamps are asked for, <|notimestamps|> is not forced and the first timestamp is a prediction
     num_prefix_tokens = len(tokens.prefix) - int(decoding.get("timestamps", False))
-    log_mel = WhisperLogMel(model.config.num_mel_bins).to(device)
+    log_mel = WhisperLogMel.for_model(model.config).to(device)
     waveforms = _Waveforms(manifest)
 
     @torch.no_grad()

@@ -234,7 +234,7 @@ def refresh_on_manifest(
     teacher, processor = load_whisper(teacher_name, device=device), load_processor(teacher_name)
     decoding = DecodingConfig(language=language, max_new_tokens=max_new_tokens)
     tokens = decoding_tokens(teacher_name, teacher, processor.tokenizer, decoding)
-    log_mel = WhisperLogMel(teacher.config.num_mel_bins).to(device)
+    log_mel = WhisperLogMel.for_model(teacher.config).to(device)
     with folder_lock(output_dir):
         rows = read_jsonl(output_dir / "transcripts.jsonl")
         skipped = read_jsonl(output_dir / "skipped.jsonl")

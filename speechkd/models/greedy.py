@@ -144,7 +144,7 @@ class _BatchDecoder:
         return self.decoder(
             input_ids=input_ids,
             encoder_hidden_states=self.encoder_states,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         ).last_hidden_state
 

@@ -276,7 +276,7 @@ def transcribe_long_manifest(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, processor = load_whisper(model_name, device=device), load_processor(model_name)
     tokens = decoding_tokens(model_name, model, processor.tokenizer, decoding)
-    log_mel = WhisperLogMel(model.config.num_mel_bins).to(device)
+    log_mel = WhisperLogMel.for_model(model.config).to(device)
     chunked = partial(
         transcribe_chunked,
         model,

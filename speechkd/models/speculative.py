@@ -305,7 +305,7 @@ class _CachedDecoder:
         states = self.model.model.decoder(
             input_ids=torch.tensor([token_ids[kept:]], device=self.encoder_states.device),
             encoder_hidden_states=self.encoder_states,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         ).last_hidden_state
         self.seen = list(token_ids)

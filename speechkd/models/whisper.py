@@ -18,8 +18,38 @@ from transformers import (
 )
 
 from speechkd.data.collate import WhisperTokens
+from speechkd.data.features import SAMPLE_RATE_HZ, SAMPLES_PER_POSITION
 from speechkd.losses.layers import stack_layers
 from speechkd.models.greedy import greedy_tokens
+
+
+def shorten_window(model: WhisperForConditionalGeneration, window_seconds: int) -> None:
+    """Let a model hear shorter clips than 30 s, in place: its encoder loses the positions after them.
+
+    What it says of clips that fit changes a little, as it was trained with silence up to 30 s; the work of the encoder
+    falls faster than the window, because attention is quadratic in it. Stock `WhisperForConditionalGeneration` runs it,
+    with features of a `WhisperFeatureExtractor(chunk_length=window_seconds)`.
+
+    Args:
+        model: teacher or student.
+        window_seconds: new window, 1 to the present one.
+
+    Raises:
+        ValueError: the window is not shorter than the present one, or below 1 s.
+    """
+    embedding = model.model.encoder.embed_positions
+    present_seconds = embedding.num_embeddings * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
+    if not 1 <= window_seconds <= present_seconds:
+        raise ValueError(
+            f"a window of {window_seconds} s cannot be cut from the model's {present_seconds:g} s; choose 1 to "
+            f"{present_seconds:g} whole seconds"
+        )
+    num_positions = window_seconds * SAMPLE_RATE_HZ // SAMPLES_PER_POSITION
+    embedding.weight = nn.Parameter(
+        embedding.weight[:num_positions].detach().clone(), requires_grad=embedding.weight.requires_grad
+    )
+    embedding.num_embeddings = num_positions
+    model.config.max_source_positions = model.model.encoder.max_source_positions = num_positions
 
 
 def choose_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]:
@@ -259,7 +289,7 @@ def sample_tokens(
     has_ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
     for _ in range(max_new_tokens):
         states = decoder(
-            input_ids=new_ids, encoder_hidden_states=encoder_states, past_key_values=cache, use_cache=True
+            input_ids=new_ids, encoder_hidden_states=encoder_states, cache=cache, use_cache=True
         ).last_hidden_state
         logits = head(states[:, -1]).float()
         if temperature == 0:
