@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def bench_models(
         "audio_seconds": audio_seconds,
         "batch_size": decoding.clips_per_batch(device),
         "device": hardware_name(device),
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "num_threads": torch.get_num_threads(),
     }
     if assistant_name is not None:

@@ -98,7 +98,13 @@ def test_measurements_become_a_table_of_their_objects(tmp_path):
     ]
     assert "| ratio | 1.5 |" in format_measurements({"ratio": 1.5})
     bench = {"models": [{"name": "a", "wer": 1.0}], "num_clips": 9, "speculative": {"speed_ratio": 1.2}}
-    assert format_measurements(bench).splitlines()[2:] == ["| a | 1 |", "", "num clips 9."]
+    assert format_measurements(bench).splitlines()[2:] == [
+        "| a | 1 |",
+        "",
+        "Speculative: speed ratio 1.2.",
+        "",
+        "num clips 9.",
+    ]
     (tmp_path / "bench.json").write_text(json.dumps(bench))
     readme = tmp_path / "README.md"
     readme.write_text("<!-- exports -->\n<!-- /exports -->\n")

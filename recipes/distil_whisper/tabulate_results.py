@@ -164,12 +164,13 @@ def format_measurements(content: dict[str, Any] | list[dict[str, Any]]) -> str:
     Args:
         content: a list of objects, an object of objects by name, an object with such a list as `models` (of `speechkd
             bench --json`) or as `measurements` (of `tests/benchmarks`), or an object of plain values. Plain values
-            beside the list follow the table.
+            and objects beside the list follow the table.
     """
     rows = None if isinstance(content, list) else content.get("models", content.get("measurements"))
     if isinstance(content, dict) and isinstance(rows, list):
         notes = {key: value for key, value in content.items() if not isinstance(value, (dict, list))}
-        return format_measurements(rows) + "\n\n" + _sentence(notes)
+        more = [f"{key.capitalize()}: {_sentence(value)}" for key, value in content.items() if isinstance(value, dict)]
+        return "\n\n".join([format_measurements(rows), *more, _sentence(notes)])
     if isinstance(content, dict):
         nested = all(isinstance(value, dict) for value in content.values())
         content = [
