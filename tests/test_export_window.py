@@ -63,6 +63,10 @@ def test_stock_transformers_runs_the_folder(short):
 @pytest.mark.parametrize("format_name", ["ctranslate2", "onnx"])
 def test_other_formats_say_what_the_shorter_model_says(tiny_teacher, short, format_name, tmp_path):
     export_model(tiny_teacher, format_name, tmp_path / "out", window_seconds=WINDOW_SECONDS)
+    export = json.loads((tmp_path / "out/export.json").read_text())
+    whole_model = tiny_whisper(decoder_layers=3)
+    lost = 0 if format_name == "ctranslate2" else (1500 - 100) * 16
+    assert export["parameters"] == whole_model.num_parameters() - lost
     ours = load_transcriber(str(tmp_path / "out"), **SETTINGS)
     whole = load_transcriber(tiny_teacher, **SETTINGS)
     shorter = load_transcriber(str(short), **SETTINGS)

@@ -82,9 +82,11 @@ def export_model(
         raise ValueError(f"{model_name} is an export already; give the Hugging Face folder that it was made of")
     model = load_whisper(model_name)
     identity = teacher_identity(model_name, model)
+    parameters = model.num_parameters()
     load_processor(model_name)
     if window_seconds is not None:
         shorten_window(model, window_seconds)  # refuses a window that the model does not have
+        parameters = parameters if format_name == "ctranslate2" else model.num_parameters()
         if manifest_path is not None:
             check_clips_fit(manifest_path, window_seconds, max_clips)
     resolved = Path(resolve_model(model_name))
@@ -96,7 +98,7 @@ def export_model(
         "model": identity,
         "encoder_layers": model.config.encoder_layers,
         "decoder_layers": model.config.decoder_layers,
-        "parameters": model.num_parameters(),
+        "parameters": parameters,
         "speechkd_version": version("speechkd"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "window_seconds": model.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ,
