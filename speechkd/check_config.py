@@ -322,13 +322,13 @@ def _check_labels(
         facts[source.name] = {"num_labels": len(rows), "longest_tokens": max(lengths, default=0)}
         if limit is not None:
             facts[source.name]["over_limit"] = _count_long(lengths, limit, f"labels in {folder}", 0.0, found)
-        needs_states = source.split != "test" and getattr(config.teacher, "cache_encoder_states", False)
-        if needs_states and "encoder_states" not in store.header.get("targets", ()):
-            found.block(
-                f"{folder} holds no encoder states, which teacher.cache_encoder_states=true reads; label into another "
-                f"folder with `{command}`, or set it to false",
-                f"{folder} holds no encoder states",
-            )
+        for target, setting in _stored_targets(config, source).items():
+            if target not in store.header.get("targets", ()):
+                lacking = f"{folder} holds no {target.replace('_', ' ')}"
+                found.block(
+                    f"{lacking}, which {setting} reads; label into another folder with `{command}`, or take that out",
+                    lacking,
+                )
         if manifest is not None:
             missing = len(set(manifest.ids) - {key for row in rows for key in clip_ids(row)})
             if missing == len(manifest):
@@ -376,14 +376,21 @@ def _count_long(lengths: list[int], limit: int, name: str, allowed_fraction: flo
     return count
 
 
+def _stored_targets(config: Any, source: _Source) -> dict[str, str]:
+    """What a training reads of a label store beside the text, and the setting that asks for it."""
+    teacher = None if source.split == "test" else getattr(config, "teacher", None)
+    is_cached, outputs = getattr(teacher, "cache_encoder_states", False), getattr(teacher, "stored_outputs", None)
+    targets = {"encoder_states": "teacher.cache_encoder_states=true"} if is_cached else {}
+    return targets | ({outputs: f"teacher.stored_outputs={outputs}"} if outputs else {})
+
+
 def _label_command(config: Any, source: _Source) -> str:
     """The `speechkd label` that makes a label store of this configuration."""
     teacher, decoding = getattr(config, "teacher", None), getattr(config, "decoding", None)
-    words = ["speechkd", "label", "--teacher", teacher.name if teacher else "TEACHER"]
+    name = getattr(config.data, "label_teacher", None) or (teacher.name if teacher else "TEACHER")
+    words = ["speechkd", "label", "--teacher", name]
     words += ["--manifest", source.manifest, "--output-dir", str(source.store)]
-    stored = [("encoder_states", "cache_encoder_states"), ("topk", "stored_topk")]
-    targets = [target for target, setting in stored if source.split != "test" and getattr(teacher, setting, False)]
-    if targets:
+    if targets := _stored_targets(config, source):
         words += ["--targets", "text", *targets]
     if decoding is not None:
         words += ["--language", source.language or "none", "--whisper-task", decoding.task]

@@ -80,7 +80,7 @@ def _parser() -> ArgumentParser:
     label.add_argument(
         "--targets",
         nargs="+",
-        choices=("text", "encoder_states", "topk"),
+        choices=("text", "encoder_states", "topk", "decoder_states"),
         default=["text"],
         help="what to keep of the teacher",
     )

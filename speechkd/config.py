@@ -18,6 +18,7 @@ from speechkd.files import atomic_write
 from speechkd.metrics.normalizers import Normalizer
 
 ConfigT = TypeVar("ConfigT")
+StoredOutputs = Literal["topk", "decoder_states"]
 
 MAX_CONFIG_DEPTH = 20
 MAX_CONFIG_VALUES = 10_000
@@ -32,7 +33,9 @@ class TeacherConfig:
         name: Hub id, local folder or `bundled:<name>`.
         dtype: of its weights; null is float32 on a CPU and the checkpoint's own elsewhere. The student is float32.
         cache_encoder_states: read the frozen encoder's output from the label store instead of running the encoder.
-        stored_topk: read the teacher's likeliest ids from the label store instead of running its decoder.
+        stored_outputs: what of the label store stands for the teacher's decoder, which is not run then: decoder_states,
+            its last states at each token, which give all its logits, or topk, its likeliest ids there, in less space.
+            Null runs the decoder.
         license: licence of its weights, which the student's model card repeats.
     """
 
@@ -40,7 +43,7 @@ class TeacherConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     license: str | None = None
     cache_encoder_states: bool = False
-    stored_topk: bool = False
+    stored_outputs: StoredOutputs | None = None
 
 
 @dataclass(kw_only=True)

@@ -47,7 +47,7 @@ def build(data: DataConfig, tokenizer, tmp_path: Path, **changes):
     settings = {
         "identity": None,
         "cached_encoder_states": False,
-        "stored_topk": False,
+        "stored_outputs": None,
         "tokenizer": tokenizer,
         "output_dir": tmp_path / "run",
     }
@@ -184,6 +184,17 @@ def test_doctor_checks_every_corpus(tmp_path):
     assert "3 utterance ids are both in data.extra_corpora[0].train_manifest and data.test_manifest" in problems
     assert facts["labels"]["train"]["num_labels"] == 3
     assert facts["manifests"]["train, data.extra_corpora[0]"]["num_utterances"] == 3
+
+
+@pytest.mark.parametrize("outputs", ["topk", "decoder_states"])
+def test_doctor_misses_stored_outputs_in_the_stores_that_are_trained_on(outputs, tmp_path):
+    main = write_corpus(tmp_path, "main", 3)
+    given = arguments(FSDD, str(tmp_path / "no-teacher"), Path(main["train_manifest"]), Path(main["labels_dir"]))
+    more = ["--teacher.cache_encoder_states=false", f"--teacher.stored_outputs={outputs}", "--loss.temperature=1"]
+    problems = "\n".join(check_config(FSDD, [*given[2:], *more])["problems"])
+    lacking = f"{main['labels_dir']}/train holds no {outputs.replace('_', ' ')}, which teacher.stored_outputs={outputs}"
+    assert lacking in problems and f"--targets text {outputs} --language en" in problems
+    assert problems.count(lacking.split(" holds ")[1]) == 1  # not in the labels of the test manifest
 
 
 def test_weights_must_be_positive_numbers(tmp_path):

@@ -243,10 +243,12 @@ def test_doctor_checks_the_recipe_and_estimates_its_costs(tiny_teacher, tone_man
 
 def test_settings_that_do_not_fit_are_refused(tiny_teacher, tone_manifest, capsys):
     cached = '--teacher={"name": "bundled:whisper-base", "cache_encoder_states": true}'
+    stored = '--teacher={"name": "bundled:whisper-base", "stored_outputs": "decoder_states"}'
     for wrong, message in (
         ("--decoding.language=null", "student.adapter=experts needs decoding.language"),
         ("--student.adapter=adapters", "student.adapter"),
         (cached, "the student's encoder is trained"),
+        (stored, "teacher.stored_outputs do not fit"),
         ("--data.pack=true", "data.pack=True is not for this recipe"),
         ("--data.timestamp_probability=0.5", "data.timestamp_probability=0.5 is not for this recipe"),
         ("--trainer.eval_strategy=epoch", "needs data.dev_manifest"),

@@ -1,8 +1,10 @@
 """The objective of the Distil-Whisper recipe, its students, and what they refuse."""
 
+import gc
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +16,19 @@ from students import StudentConfig, build_models
 from test_recipes import arguments
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from speechkd.check_config import check_config
 from speechkd.config import TeacherConfig
 from speechkd.data.augment import SpecAugmentConfig
 from speechkd.data.collate import collate_labels
 from speechkd.data.features import WhisperLogMel
+from speechkd.labels.decoder_state_labels import collate_decoder_states, decoder_states_of_labels
 from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStoreError
 from speechkd.labels.topk_labels import topk_of_labels
 from speechkd.labels.topk_records import collate_topk, decode_topk
 from speechkd.losses import logits as divergences
 from speechkd.models.whisper import student_from_teacher
+from speechkd.teachers import load_whisper
 
 LABELS = [
     [*TOKENS.prefix, 400, 401, 402, TOKENS.end_of_text],
@@ -65,7 +70,7 @@ def heard_batch() -> dict:
     return {**batch, "waveforms": waveforms, "num_samples": [16_000, 16_000]}
 
 
-def scored(model, teacher, batch, draws=None, shared_encoder=None, **settings):
+def scored(model, teacher, batch, draws=None, shared_encoder=None, teacher_head=None, **settings):
     log_mel = WhisperLogMel()
     return loss_terms(
         model,
@@ -74,6 +79,7 @@ def scored(model, teacher, batch, draws=None, shared_encoder=None, **settings):
         weights=LossConfig(**settings),
         log_mel=log_mel,
         shared_encoder=shared_encoder,
+        teacher_head=teacher_head,
         draws=draws,
     )
 
@@ -148,6 +154,46 @@ def test_stored_topk_near_the_live_teacher_and_nearer_with_more_ids(teacher, stu
         gaps.append((live["kl"] - terms["kl"]).item())
     assert gaps[0] > gaps[1] > gaps[2] - 1e-3  # a bucket for the tail never gives more than the whole
     assert gaps[2] == pytest.approx(0, abs=2e-3 * live["kl"].item())  # records are float16
+
+
+def gradients_of(model, loss) -> torch.Tensor:
+    loss.backward()
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_decoder_states_give_loss_and_gradients_of_the_live_teacher(name, teacher, student):
+    batch, settings = cached_batch(pad_to=11), {"divergence": name, "cross_entropy": 0.0, "temperature": 2.0}
+    live, live_terms = scored(student, teacher, batch, **settings)
+    expected = gradients_of(student, live)
+    student.zero_grad()
+    states = decoder_states_of_labels(teacher, batch["encoder_states"], LABELS, TOKENS)
+    lengths = list(map(len, LABELS))
+    batch["teacher_decoder_states"] = collate_decoder_states(states, lengths, batch["labels"].shape[1])
+    head = teacher.proj_out.weight.detach()
+    stored, terms = scored(student, None, batch, teacher_head=head, **settings)
+    gradients = gradients_of(student, stored)
+    torch.testing.assert_close(stored, live, rtol=2e-4, atol=0)  # float16 states: 3e-5 apart
+    # 7e-5 apart, total variation 3e-4
+    assert (gradients - expected).norm() < 1e-3 * expected.norm() and terms.keys() == live_terms.keys()
+    batch["teacher_decoder_states"] = batch["teacher_decoder_states"].roll(1, dims=1)
+    other, _ = scored(student, None, batch, teacher_head=head, **settings)
+    assert abs(other / live - 1) > 0.01
+
+
+def test_only_the_head_of_a_teacher_with_stored_decoder_states_is_held(tiny_teacher):
+    gc.collect()
+    before = sum(isinstance(thing, WhisperForConditionalGeneration) for thing in gc.get_objects())
+    config = TeacherConfig(name=tiny_teacher, stored_outputs="decoder_states")
+    models = build_models(config, StudentConfig(decoder_layers=2), torch.device("cpu"))
+    gc.collect()
+    after = sum(isinstance(thing, WhisperForConditionalGeneration) for thing in gc.get_objects())
+    assert after - before == 1 and models.teacher is None  # the student
+    head, trained = models.teacher_head, models.student.proj_out.weight
+    assert torch.equal(head, trained) and head.data_ptr() != trained.data_ptr()
+    assert not head.requires_grad and head.untyped_storage().nbytes() == head.nbytes
+    config = TeacherConfig(name=tiny_teacher, stored_outputs="topk")
+    assert build_models(config, StudentConfig(decoder_layers=2), torch.device("cpu")).teacher_head is None
 
 
 def test_on_policy_batches_come_by_seed_and_step_alone(teacher, student):
@@ -283,17 +329,26 @@ def test_a_student_of_another_teacher_is_refused(changes, cached, hidden, messag
         build_models(config, student, torch.device("cpu"), needs_hidden_states=hidden)
 
 
+@pytest.fixture(scope="module")
+def sharp_teacher(tiny_teacher, tmp_path_factory):
+    """Folder of a teacher from which a student that lacks layers differs much."""
+    folder = tmp_path_factory.mktemp("sharp") / "teacher"
+    shutil.copytree(tiny_teacher, folder)
+    sharpened(load_whisper(tiny_teacher)).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
-def run(tiny_teacher, tone_manifest):
-    """Trains the fsdd recipe on tones with stored top-k targets; more settings may be given."""
+def run(sharp_teacher, tone_manifest):
+    """Trains the fsdd recipe on tones with all stored outputs; more settings may be given."""
     folder = tone_manifest.parent / "labels"
-    targets = ("text", "encoder_states", "topk")
+    targets = ("text", "encoder_states", "topk", "decoder_states")
     decoding = DecodingConfig(max_new_tokens=6)
-    label_manifest(tiny_teacher, tone_manifest, folder / "train", decoding=decoding, targets=targets)
+    label_manifest(sharp_teacher, tone_manifest, folder / "train", decoding=decoding, targets=targets)
 
     def train_with(*more: str) -> tuple[dict, list[dict]]:
         recipe = train.__file__.replace("train.py", "fsdd.yaml")
-        train.main(arguments(recipe, tiny_teacher, tone_manifest, folder, "--trainer.logging_steps=1", *more))
+        train.main(arguments(recipe, sharp_teacher, tone_manifest, folder, "--trainer.logging_steps=1", *more))
         output = next((item.split("=")[1] for item in more if "output_dir" in item), str(tone_manifest.parent / "run"))
         log = [json.loads(line) for line in open(f"{output}/train_log.jsonl")]
         return json.load(open(f"{output}/run.json")), [row for row in log if "loss/total" in row]
@@ -302,7 +357,7 @@ def run(tiny_teacher, tone_manifest):
 
 
 def test_a_run_from_stored_targets_says_so_and_needs_no_live_teacher(run, tone_manifest):
-    stored, log = run("--teacher.stored_topk=true", "--loss.temperature=1.0")
+    stored, log = run("--teacher.stored_outputs=topk", "--loss.temperature=1.0")
     assert stored["teacher_outputs"] == "stored" and "KL(stored top-k of the teacher, T=1" in stored["loss"]
     assert stored["teacher"]["weights_sha256"] and stored["decoder_layers_kept"] == [0, 2]
     live, live_log = run("--loss.temperature=1.0", f"--trainer.output_dir={tone_manifest.parent / 'live'}")
@@ -310,6 +365,33 @@ def test_a_run_from_stored_targets_says_so_and_needs_no_live_teacher(run, tone_m
     for ours, theirs in zip(log, live_log, strict=True):
         assert ours["loss/cross_entropy"] == pytest.approx(theirs["loss/cross_entropy"], rel=1e-2)
         assert 0 < ours["loss/kl"] <= theirs["loss/kl"]
+
+
+@pytest.mark.parametrize(
+    "options", [("--loss.cross_entropy=0",), ("--loss.divergence=js", "--trainer.eval_strategy=steps")]
+)
+def test_a_run_from_stored_decoder_states_ends_with_the_student_of_the_live_teacher(options, run, tone_manifest):
+    labels = tone_manifest.parent / "labels"
+    if "--trainer.eval_strategy=steps" in options:
+        shutil.copytree(labels / "train", labels / "dev")
+        options += ("--trainer.eval_steps=1", f"--data.dev_manifest={tone_manifest}")
+    folders = [tone_manifest.parent / name for name in ("stored", "live")]
+    (stored, log), (live, live_log) = (
+        run(f"--teacher.stored_outputs={outputs}", f"--trainer.output_dir={folder}", *options)
+        for outputs, folder in zip(("decoder_states", "null"), folders, strict=True)
+    )
+    assert (stored["teacher_outputs"], live["teacher_outputs"]) == ("stored", "live")
+    assert "(stored decoder states of the teacher, T=2, T^2)" in stored["loss"] and "(teacher, T=2" in live["loss"]
+    for ours, theirs in zip(log, live_log, strict=True):
+        for name in [name for name in theirs if name.startswith("loss/")]:
+            assert ours[name] == pytest.approx(theirs[name], rel=5e-4)
+
+    def weights(folder: Path) -> torch.Tensor:
+        return torch.cat([weight.flatten() for _, weight in sorted(load_file(folder / "model.safetensors").items())])
+
+    ours, theirs = (weights(folder / "student") for folder in folders)
+    before = weights(folders[0] / "student_init")
+    assert 0 < (ours - theirs).norm() < 0.01 * (theirs - before).norm()
 
 
 def test_an_encoder_of_its_own_is_trained_on_masked_features_and_hidden_states(run, tone_manifest):
@@ -338,29 +420,58 @@ def test_a_resumed_on_policy_run_ends_with_the_same_student(run, tone_manifest):
     assert all(resumed[name].equal(weight) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("outputs", ["topk", "decoder_states"])
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--loss.temperature=2.0", "loss.temperature=1 and loss.kl above 0, got forward_kl, 2 and 1"),
-        ("--loss.divergence=js", "got js, 1 and 1"),
         ("--loss.hidden_mse=1.0", "loss.hidden_mse would need more"),
         ("--loss.on_policy_fraction=0.5", "loss.on_policy_fraction would need more"),
+        ("--data.augment.speed_factors=[0.9]", "data.augment would need more"),
         ("--data.previous_text_probability=0.5", "data.previous_text_probability would need more"),
         ("--decoding.timestamps=true", "timestamp_probability below 1 would need more"),
+        ("--data.pack=true", "data.pack with a WER or CER filter would need more"),
+        ("--loss.kl=0", "and loss.kl is 0; set it above 0, or teacher.stored_outputs=null"),
+        ("--data.labels_dir=null", "needs data.labels_dir, and that of every extra corpus"),
     ],
 )
-def test_what_stored_targets_cannot_serve_is_refused(option, message, tiny_teacher, tone_manifest, capsys):
+def test_what_stored_outputs_cannot_serve_is_refused(outputs, option, message, tiny_teacher, tone_manifest, capsys):
+    more = (f"--teacher.stored_outputs={outputs}", "--teacher.cache_encoder_states=false", "--loss.temperature=1.0")
+    more += ("--filters.max_wer=10",) if "pack" in option else ()
+    refused(tiny_teacher, tone_manifest, *more, option)
+    assert f"teacher.stored_outputs={outputs} " in (error := capsys.readouterr().err) and message in error
+
+
+@pytest.mark.parametrize(
+    ("option", "got"), [("--loss.temperature=2.0", "got forward_kl and 2"), ("--loss.divergence=js", "got js and 1")]
+)
+def test_stored_ids_serve_forward_kl_at_temperature_1_alone(option, got, tiny_teacher, tone_manifest, capsys):
+    refused(tiny_teacher, tone_manifest, "--teacher.stored_outputs=topk", "--loss.temperature=1.0", option)
+    error = capsys.readouterr().err
+    assert got in error and "or set teacher.stored_outputs=decoder_states" in error
+
+
+def refused(teacher: str, manifest: Path, *more: str) -> None:
     recipe = train.__file__.replace("train.py", "fsdd.yaml")
-    stored = ("--teacher.stored_topk=true", "--loss.temperature=1.0", option)
-    with pytest.raises(SystemExit):
-        train.main(arguments(recipe, tiny_teacher, tone_manifest, tone_manifest.parent / "none", *stored))
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exited:
+        train.main(arguments(recipe, teacher, manifest, manifest.parent / "none", *more))
+    assert exited.value.code == 2
 
 
-def test_a_store_without_targets_is_refused(tiny_teacher, tone_manifest):
+@pytest.mark.parametrize(("outputs", "kind"), [("topk", "top-k targets"), ("decoder_states", "decoder states")])
+def test_a_store_without_stored_outputs_is_refused(outputs, kind, tiny_teacher, tone_manifest):
     folder = tone_manifest.parent / "labels"
     label_manifest(tiny_teacher, tone_manifest, folder / "train", decoding=DecodingConfig(max_new_tokens=6))
     recipe = train.__file__.replace("train.py", "fsdd.yaml")
-    more = ("--teacher.stored_topk=true", "--loss.temperature=1.0", "--teacher.cache_encoder_states=false")
-    with pytest.raises(LabelStoreError, match="keeps no top-k targets.*--targets text topk"):
+    more = (f"--teacher.stored_outputs={outputs}", "--loss.temperature=1.0", "--teacher.cache_encoder_states=false")
+    with pytest.raises(LabelStoreError, match=f"keeps no {kind}.*--targets text {outputs}` into another folder"):
         train.main(arguments(recipe, tiny_teacher, tone_manifest, folder, *more))
+
+
+def test_doctor_estimates_a_run_from_stored_decoder_states(run, sharp_teacher, tone_manifest):
+    recipe = train.__file__.replace("train.py", "fsdd.yaml")
+    test_manifest = tone_manifest.with_name("test.jsonl")
+    test_manifest.write_text(tone_manifest.read_text().replace('"tone-', '"test-'))
+    given = arguments(recipe, sharp_teacher, tone_manifest, tone_manifest.parent / "labels")
+    more = ["--teacher.stored_outputs=decoder_states", f"--data.test_manifest={test_manifest}"]
+    found = check_config(Path(recipe), [*given[2:], *more])
+    assert found["problems"] == [] and found["estimates"]["total_steps"] == 2

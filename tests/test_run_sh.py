@@ -53,11 +53,27 @@ def test_all_stages_run_once_and_a_changed_configuration_is_refused(tmp_path, ti
     assert forced.stdout.count("finished before, skipped") == 2  # data and labels did not change
 
 
-def test_every_corpus_is_labelled_in_its_language_and_windows_where_they_are_trained_on(tmp_path):
+def folder_of_a_command_that_logs(tmp_path: Path) -> Path:
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     (bin_dir / "speechkd").write_text('#!/bin/sh\necho "$@" >> "$0.log"\n')  # stands for the program that is called
     (bin_dir / "speechkd").chmod(0o755)
+    return bin_dir
+
+
+def test_stored_outputs_are_asked_for_where_they_are_trained_on(tmp_path):
+    bin_dir = folder_of_a_command_that_logs(tmp_path)
+    options = ["--stage", "2", "--stop-stage", "2", "--teacher.stored_outputs=decoder_states"]
+    options += ["--teacher.cache_encoder_states=true", "--data.dev_manifest=dev.jsonl"]
+    done = run_sh(tmp_path, "quickstart", *options, first_on_path=bin_dir)
+    assert done.returncode == 0, done.stderr
+    train_set, test_set, dev_set = (bin_dir / "speechkd.log").read_text().splitlines()
+    targets = "--language en --targets text encoder_states decoder_states"
+    assert train_set.endswith(targets) and dev_set.endswith(targets) and test_set.endswith("--language en")
+
+
+def test_every_corpus_is_labelled_in_its_language_and_windows_where_they_are_trained_on(tmp_path):
+    bin_dir = folder_of_a_command_that_logs(tmp_path)
     corpora = "[{train_manifest: fr.jsonl, labels_dir: labels-fr, language: fr}, {train_manifest: x, labels_dir: null}"
     corpora += ", {train_manifest: more.jsonl, labels_dir: labels-more}]"
     options = ["--stage", "2", "--stop-stage", "2", "--data.pack=true", "--decoding.timestamps=true"]

@@ -9,13 +9,14 @@ import numpy as np
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from speechkd.config import CorpusConfig, DataConfig
+from speechkd.config import CorpusConfig, DataConfig, StoredOutputs
 from speechkd.data.collate import LabelDraws, WhisperTokens, has_timestamps
 from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from speechkd.data.hub import read_utterances
 from speechkd.data.mixture import MixtureSampler
 from speechkd.data.sampler import DurationBatchSampler
 from speechkd.data.whisper import WhisperTrainSet, compares_references, pseudo_labelled_set, reference_set
+from speechkd.labels.decoder_state_labels import decoder_states_settings
 from speechkd.labels.decoding import DecodingConfig
 from speechkd.labels.filters import FilterConfig
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, check_teacher
@@ -61,7 +62,7 @@ def build_sets(
     *,
     identity: dict[str, Any] | None,
     cached_encoder_states: bool,
-    stored_topk: bool,
+    stored_outputs: StoredOutputs | None,
     tokenizer: PreTrainedTokenizerBase,
     tokens_of: Callable[[DecodingConfig], WhisperTokens],
     output_dir: Path,
@@ -74,7 +75,7 @@ def build_sets(
         filters: which pseudo-labels are trained on.
         identity: of the teacher, which must have made the labels; None without one.
         cached_encoder_states: take the encoder's output from the label stores.
-        stored_topk: take the teacher's likeliest ids from the label stores.
+        stored_outputs: what the label stores must have of the teacher's decoder; None for nothing.
         tokenizer: of the student.
         tokens_of: special ids for a language and task.
         output_dir: run folder, for `skipped.jsonl`.
@@ -98,8 +99,8 @@ def build_sets(
         if identity is not None:
             check_teacher(store, identity)
         _check_decoding(store, spoken, data.pack)
-        if stored_topk:
-            topk_settings(store)  # refuses a store without
+        if stored_outputs is not None:  # a store without is refused
+            {"topk": topk_settings, "decoder_states": decoder_states_settings}[stored_outputs](store)
         labelled_set, report = pseudo_labelled_set(
             manifest,
             store,
@@ -109,7 +110,8 @@ def build_sets(
             cached_encoder_states=cached_encoder_states,
             max_skipped_fraction=data.max_skipped_fraction,
         )
-        labelled_set.topk = store if stored_topk else None
+        labelled_set.topk = store if stored_outputs == "topk" else None
+        labelled_set.decoder_states = store if stored_outputs == "decoder_states" else None
         return labelled_set, report
 
     corpora, reports = [], {}

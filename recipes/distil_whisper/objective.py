@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
-from speechkd.config import DataConfig, TeacherConfig
+from speechkd.config import DataConfig, StoredOutputs, TeacherConfig
 from speechkd.data.audio import pcm16_to_float
 from speechkd.data.augment import SpecAugmentConfig, spec_augment, utterance_seed
 from speechkd.data.collate import WhisperTokens
@@ -90,14 +90,15 @@ class LossConfig:
         """Whether a term compares with the teacher."""
         return self.kl > 0 or self.hidden_mse > 0
 
-    def describe(self, *, has_teacher: bool, is_stored: bool) -> str:
+    def describe(self, *, has_teacher: bool, stored_outputs: StoredOutputs | None) -> str:
         """The objective in a line, for the model card."""
         terms = [f"{self.cross_entropy:g} CE"]
         if has_teacher and self.kl:
             name = {"forward_kl": "KL", "generalized_jsd": f"generalized_jsd(beta={self.beta:g})"}.get(
                 self.divergence, self.divergence
             )
-            source = "stored top-k of the teacher" if is_stored else "teacher"
+            stored = {"topk": "stored top-k of the ", "decoder_states": "stored decoder states of the ", None: ""}
+            source = f"{stored[stored_outputs]}teacher"
             terms.append(f"{self.kl:g} {name}({source}, T={self.temperature:g}, T^2)")
         if has_teacher and self.hidden_mse:
             terms.append(f"{self.hidden_mse:g} MSE(decoder states)")
@@ -122,7 +123,7 @@ class StepDraws:
     spec_augment: SpecAugmentConfig | None = None
 
 
-def check_stored_topk(
+def check_stored_outputs(
     teacher: TeacherConfig | None, loss: LossConfig, data: DataConfig, decoding: DecodingConfig, filters: FilterConfig
 ) -> None:
     """Refuse settings that need a teacher at hand where its stored outputs are to stand for it.
@@ -137,8 +138,9 @@ def check_stored_topk(
     Raises:
         ValueError: names the settings.
     """
-    if teacher is None or not teacher.stored_topk:
+    if teacher is None or teacher.stored_outputs is None:
         return
+    setting = f"teacher.stored_outputs={teacher.stored_outputs}"
     asked = {
         "loss.hidden_mse": loss.hidden_mse > 0,
         "loss.on_policy_fraction": loss.on_policy_fraction > 0,
@@ -150,17 +152,22 @@ def check_stored_topk(
     }
     if wrong := [name for name, is_on in asked.items() if is_on]:
         raise ValueError(
-            f"teacher.stored_topk has the teacher's word on its own labels of clean audio; {', '.join(wrong)} would "
-            "need more: take these out, or set teacher.stored_topk=false"
+            f"{setting} has the teacher's word on its own labels of clean audio; {', '.join(wrong)} would need more: "
+            "take these out, or set teacher.stored_outputs=null"
         )
-    if loss.divergence != "forward_kl" or loss.temperature != 1 or loss.kl == 0:
+    if loss.kl == 0:
         raise ValueError(
-            f"teacher.stored_topk has loss.divergence=forward_kl, loss.temperature=1 and loss.kl above 0, got "
-            f"{loss.divergence}, {loss.temperature:g} and {loss.kl:g}: at higher temperatures most of the probability "
-            "is outside the stored ids; change these, or set teacher.stored_topk=false"
+            f"{setting} serves the divergence to the teacher, and loss.kl is 0; set it above 0, or "
+            "teacher.stored_outputs=null"
+        )
+    if teacher.stored_outputs == "topk" and (loss.divergence != "forward_kl" or loss.temperature != 1):
+        raise ValueError(
+            f"{setting} has loss.divergence=forward_kl and loss.temperature=1, got {loss.divergence} and "
+            f"{loss.temperature:g}: at higher temperatures most of the probability is outside the stored ids; change "
+            "these, or set teacher.stored_outputs=decoder_states"
         )
     if any(corpus.labels_dir is None for corpus in data.corpora):
-        raise ValueError("teacher.stored_topk needs data.labels_dir, and that of every extra corpus")
+        raise ValueError(f"{setting} needs data.labels_dir, and that of every extra corpus")
 
 
 def loss_terms(
@@ -171,13 +178,14 @@ def loss_terms(
     weights: LossConfig,
     log_mel: WhisperLogMel,
     shared_encoder: nn.Module | None,
+    teacher_head: Tensor | None = None,
     draws: StepDraws | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Summed objective of a batch and its terms; section 3 of the paper.
 
     Teacher and student get the same `decoder_input_ids`. A shared encoder runs once, or not at all when the batch
     carries its states. A batch that the student wrote weighs as much as its labels would have. Where the batch carries
-    top-k targets they stand for the teacher.
+    top-k targets or decoder states of the teacher, they stand for it.
 
     Args:
         model: the student.
@@ -186,6 +194,7 @@ def loss_terms(
         weights: of the terms.
         log_mel: makes features of waveforms.
         shared_encoder: that of both models; None where each has its own.
+        teacher_head: weight of the teacher's head, (vocabulary, dim), for batches that carry its decoder states.
         draws: on-policy batches and SpecAugment; None, and evaluation, have neither.
     """
     labels, decoder_input_ids = batch["labels"], batch["decoder_input_ids"]
@@ -212,6 +221,9 @@ def loss_terms(
     if "topk_ids" in batch:
         targets = TopK(batch["topk_ids"], batch["topk_log_probs"], batch["topk_log_tail"])
         total, terms = _distil(student, (targets, None), labels, weights, weights.cross_entropy)
+    elif teacher_head is not None:
+        stored = batch["teacher_decoder_states"].to(teacher_head.dtype), teacher_head
+        total, terms = _distil(student, stored, labels, weights, weights.cross_entropy)
     elif teacher is None:
         loss = fused_linear_cross_entropy(student[0], student[1], labels, reduction="sum")
         return weights.cross_entropy * loss, {"cross_entropy": loss.detach()}

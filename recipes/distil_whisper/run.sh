@@ -45,13 +45,13 @@ num_extra_corpora=$(value data.extra_corpora)
 [[ $num_extra_corpora != none ]] || num_extra_corpora=0
 
 label() {
-  local language number extra extra_dir extra_language timestamps=() windows=(--targets text) common
-  language=$(value decoding.language)
+  local language stored_outputs number extra extra_dir extra_language timestamps=() windows=(--targets text) common
+  language=$(value decoding.language) stored_outputs=$(value teacher.stored_outputs)
   common=(--teacher "$(value teacher.name)" --whisper-task "$(value decoding.task)"
     --batch-size "$(value decoding.batch_size)" --max-new-tokens "$(value decoding.max_new_tokens)"
     --num-workers "$(value decoding.num_workers)" --max-skipped-fraction "$(value data.max_skipped_fraction)")
   [[ $(value teacher.cache_encoder_states) != True ]] || windows+=(encoder_states)
-  [[ $(value teacher.stored_topk) != True ]] || windows+=(topk)
+  [[ $stored_outputs == none ]] || windows+=("$stored_outputs")
   [[ $(value decoding.timestamps) != True ]] || timestamps=(--timestamps)
   [[ $(value data.pack) != True ]] || windows+=(--pack)
   # label_split MANIFEST OUTPUT_DIR LANGUAGE [MORE OPTIONS]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from speechkd.config import TeacherConfig
@@ -54,16 +55,18 @@ class StudentConfig:
 
 
 class Models(NamedTuple):
-    """Student, live teacher, the teacher's identity, and the decoder layers that the student was cut from.
+    """Student, live teacher, the teacher's identity, the decoder layers that the student was cut from, and a head.
 
     The teacher is None without one, and where its stored outputs stand for it. The layers are None for a student that
-    starts from a checkpoint.
+    starts from a checkpoint. The head is the weight of the teacher's, (vocabulary, dim), where its stored decoder
+    states need it; the rest of the teacher is not held then.
     """
 
     student: WhisperForConditionalGeneration
     teacher: WhisperForConditionalGeneration | None
     identity: dict[str, Any] | None
     decoder_layers_kept: list[int] | None
+    teacher_head: Tensor | None = None
 
 
 def build_models(
@@ -88,7 +91,7 @@ def build_models(
     if teacher_config is not None:
         # a teacher whose outputs are stored only has to give its layers, and its identity, which covers the dtype
         dtype = teacher_config.dtype or (None if device.type == "cpu" else "auto")
-        teacher_device = torch.device("cpu") if teacher_config.stored_topk else device
+        teacher_device = device if teacher_config.stored_outputs is None else torch.device("cpu")
         teacher = load_whisper(teacher_config.name, dtype=dtype, device=teacher_device)
         identity = teacher_identity(teacher_config.name, teacher)
     if student_config.init_from is not None or teacher is None:
@@ -113,8 +116,11 @@ def build_models(
     if teacher is None or teacher_config is None:
         return Models(student, None, identity, kept)
     _check_pair(teacher, student, teacher_config, student_config, needs_hidden_states)
-    if teacher_config.stored_topk:
-        return Models(student, None, identity, kept)
+    if teacher_config.stored_outputs is not None:
+        head = None
+        if teacher_config.stored_outputs == "decoder_states":  # not the student's head, a copy which is trained
+            head = teacher.get_output_embeddings().weight.detach().to(device)
+        return Models(student, None, identity, kept, head)
     if student_config.freeze_encoder and encoders_equal(teacher, student):
         teacher.model.encoder = student.model.encoder
     return Models(student, teacher, identity, kept)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from corpora import batch_sampler, build_sets, check_data, label_draws
-from objective import LossConfig, StepDraws, check_stored_topk, count_items, loss_terms
+from objective import LossConfig, StepDraws, check_stored_outputs, count_items, loss_terms
 from students import Models, StudentConfig, build_models
 from transformers import WhisperProcessor, set_seed
 
@@ -71,7 +71,7 @@ class DistilWhisperConfig:
                 "teacher.cache_encoder_states needs the teacher's whole encoder, frozen; set "
                 "student.freeze_encoder=true, student.encoder_layers=null and student.encoder_layers_numbers=null"
             )
-        check_stored_topk(self.teacher, self.loss, self.data, self.decoding, self.filters)
+        check_stored_outputs(self.teacher, self.loss, self.data, self.decoding, self.filters)
         check_data(self.data, self.decoding, self.filters, cached_states)
         if self.trainer.dataloader_num_workers not in (0, self.data.num_workers):
             raise ValueError(
@@ -90,13 +90,14 @@ def describe_run(
     filter_reports: dict[str, Any],
 ) -> dict[str, Any]:
     """Facts of the training for `run.json`, the model card and the tables."""
-    student, is_stored = models.student, config.teacher is not None and config.teacher.stored_topk
+    student, stored_outputs = models.student, config.teacher.stored_outputs if config.teacher else None
+    is_live = models.teacher is not None and config.loss.needs_teacher
     manifests = [corpus.train_manifest for corpus in config.data.corpora]
     languages = [corpus.language or config.decoding.language for corpus in config.data.corpora]
     return {
         "title": f"distil-whisper {Path(config.trainer.output_dir).name}",
         "teacher": models.identity,
-        "teacher_outputs": "stored" if is_stored else "live" if models.teacher and config.loss.needs_teacher else None,
+        "teacher_outputs": "stored" if stored_outputs else "live" if is_live else None,
         "license": config.teacher.license if config.teacher else None,
         "language": languages[0] if len(set(languages)) == 1 else sorted({str(code) for code in languages}),
         "encoder_layers": student.config.encoder_layers,
@@ -109,7 +110,7 @@ def describe_run(
         "labels": " and ".join(sorted({_label_source(corpus.labels_dir) for corpus in config.data.corpora})),
         "synthetic": any("synthetic" in manifest for manifest in manifests),
         "filters": filter_reports if len(corpora) > 1 else next(iter(filter_reports.values())),
-        "loss": config.loss.describe(has_teacher=models.identity is not None, is_stored=is_stored),
+        "loss": config.loss.describe(has_teacher=models.identity is not None, stored_outputs=stored_outputs),
         "steps": config.trainer.max_steps,
         "learning_rate": config.trainer.learning_rate,
         "seed": config.trainer.seed,
@@ -142,7 +143,7 @@ def build_trainer(config: DistilWhisperConfig) -> tuple[DistillationTrainer, Whi
             config.filters,
             identity=models.identity,
             cached_encoder_states=config.teacher is not None and config.teacher.cache_encoder_states,
-            stored_topk=config.teacher is not None and config.teacher.stored_topk,
+            stored_outputs=config.teacher.stored_outputs if config.teacher else None,
             tokenizer=processor.tokenizer,
             tokens_of=tokens_of,
             output_dir=output_dir,
@@ -173,6 +174,7 @@ def build_trainer(config: DistilWhisperConfig) -> tuple[DistillationTrainer, Whi
             weights=config.loss,
             log_mel=WhisperLogMel(student.config.num_mel_bins).to(config.trainer.device),
             shared_encoder=encoder if shared else None,
+            teacher_head=models.teacher_head,
             draws=StepDraws(
                 seed=config.trainer.seed,
                 step=lambda: trainer.state.global_step,

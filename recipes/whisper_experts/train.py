@@ -79,10 +79,10 @@ class ExpertsConfig:
     def __post_init__(self) -> None:
         if self.student.adapter == "experts" and self.decoding.language is None:
             raise ValueError("student.adapter=experts needs decoding.language: experts belong to one")
-        if self.teacher is not None and (self.teacher.cache_encoder_states or self.teacher.stored_topk):
+        if self.teacher is not None and (self.teacher.cache_encoder_states or self.teacher.stored_outputs):
             raise ValueError(
-                "teacher.cache_encoder_states and teacher.stored_topk do not fit: the student's encoder is trained and "
-                "JS needs the whole teacher; set both to false"
+                "teacher.cache_encoder_states and teacher.stored_outputs do not fit: the student's encoder is trained "
+                "and JS needs the whole teacher; set them to false and null"
             )
         for name in UNUSED_DATA_SETTINGS:
             if value := getattr(self.data, name):

@@ -20,6 +20,7 @@ from speechkd.data.loader import pad_waveforms, report_skipped
 from speechkd.data.manifest import FIELDS, Manifest
 from speechkd.data.packing import PACK_FEATURES, PackedManifest, load_pack, pack_label, pack_manifest, split_label
 from speechkd.files import read_jsonl
+from speechkd.labels.decoder_state_labels import collate_decoder_states, read_decoder_states
 from speechkd.labels.filters import NEED_REFERENCES, FilterConfig, apply_filters
 from speechkd.labels.scores import compression_ratio
 from speechkd.labels.teacher_cache import LabelStore
@@ -51,7 +52,9 @@ class WhisperTrainSet(Dataset):
         self.manifest, self.token_ids, self.states = manifest, token_ids, states
         self.previous = [None] * len(token_ids) if previous is None else list(previous)
         self.augment: WaveformAugment | None = None
-        self.topk: LabelStore | None = None  # with the teacher's top-k targets, if they are wanted
+        # with the teacher's top-k targets or decoder states, if they are wanted
+        self.topk: LabelStore | None = None
+        self.decoder_states: LabelStore | None = None
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -75,6 +78,8 @@ class WhisperTrainSet(Dataset):
         }
         if self.topk is not None:
             item["topk"] = read_topk(self.topk, utterance["id"])
+        if self.decoder_states is not None:
+            item["teacher_decoder_states"] = read_decoder_states(self.decoder_states, utterance["id"])
         if self.states is not None:
             return {**item, "encoder_states": self.states.array(utterance["id"])}
         if self.augment is None:
@@ -91,8 +96,9 @@ def collate_whisper(
     """A batch: `ids`, `decoder_input_ids` and `labels` (batch, tokens), and what the items carry of the audio.
 
     That is `waveforms`, (batch, samples), zero-padded, with the list `num_samples`, or `encoder_states`, (batch,
-    frames, dim); and what `collate_topk` makes of the teacher's targets, where the items have them. `audio_seconds` and
-    `padded_seconds` are for the log; Whisper pads every clip to its window.
+    frames, dim); and what the items have of the teacher's outputs: what `collate_topk` makes of its targets, or
+    `teacher_decoder_states`, (batch, tokens, dim), padded with 0. `audio_seconds` and `padded_seconds` are for the log;
+    Whisper pads every clip to its window.
 
     Args:
         items: of a `WhisperTrainSet`.
@@ -115,8 +121,12 @@ def collate_whisper(
         "audio_seconds": sum(item["duration_seconds"] for item in items),
         "padded_seconds": len(items) * WINDOW_SAMPLES / SAMPLE_RATE_HZ,
     }
+    num_tokens, width = list(map(len, sequences)), labels.shape[1]
     if "topk" in items[0]:
-        batch |= collate_topk([item["topk"] for item in items], list(map(len, sequences)), labels.shape[1])
+        batch |= collate_topk([item["topk"] for item in items], num_tokens, width)
+    if "teacher_decoder_states" in items[0]:
+        states = [item["teacher_decoder_states"] for item in items]
+        batch["teacher_decoder_states"] = collate_decoder_states(states, num_tokens, width)
     if "encoder_states" in items[0]:
         return {**batch, "encoder_states": torch.stack([item["encoder_states"] for item in items])}
     waveforms, num_samples = pad_waveforms([item["waveform"] for item in items], max_samples=WINDOW_SAMPLES)

@@ -10,6 +10,7 @@ from transformers import WhisperForConditionalGeneration
 
 from speechkd.data.features import WhisperLogMel
 from speechkd.data.loader import ClipBatch
+from speechkd.labels.decoder_state_labels import decoder_states_key, decoder_states_of_labels
 from speechkd.labels.decoding import DecodingConfig, decoding_tokens
 from speechkd.labels.filters import compression_ratio
 from speechkd.labels.topk_labels import topk_of_labels
@@ -19,7 +20,7 @@ from speechkd.teachers import load_processor
 
 logger = logging.getLogger(__name__)
 
-Target = Literal["text", "encoder_states", "topk"]
+Target = Literal["text", "encoder_states", "topk", "decoder_states"]
 
 
 class Labeller:
@@ -52,11 +53,12 @@ class Labeller:
 
         Args:
             batch: decoded clips.
-            targets: what the store keeps; with "encoder_states" each clip has an array, (frames, dim), float16, and
-                with "topk" one of records, under `topk_key` of its id.
+            targets: what the store keeps; with "encoder_states" each clip has an array, (frames, dim), float16, with
+                "topk" one of records, under `topk_key` of its id, and with "decoder_states" one of (tokens, dim),
+                float16, under `decoder_states_key`.
 
         Raises:
-            ValueError: not even one clip fits.
+            ValueError: not even one clip fits, or what is to be stored is beyond float16.
         """
         rows: list[dict[str, Any]] = []
         arrays: dict[str, torch.Tensor] = {}
@@ -88,9 +90,14 @@ class Labeller:
                 self._is_warm = True
             rows, states = self._decode(clips)
             arrays: dict[str, torch.Tensor] = {}
+            labels = self.model, states, [row["token_ids"] for row in rows], self.tokens
             if "topk" in targets:
-                records = topk_of_labels(self.model, states, [row["token_ids"] for row in rows], self.tokens)
-                arrays = {topk_key(row["id"]): record for row, record in zip(rows, records, strict=True)}
+                arrays |= {
+                    topk_key(row["id"]): record for row, record in zip(rows, topk_of_labels(*labels), strict=True)
+                }
+            if "decoder_states" in targets:
+                decoded = decoder_states_of_labels(*labels)
+                arrays |= {decoder_states_key(row["id"]): state for row, state in zip(rows, decoded, strict=True)}
         except torch.cuda.OutOfMemoryError:
             return None
         if "encoder_states" in targets:

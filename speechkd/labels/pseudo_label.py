@@ -18,6 +18,7 @@ from speechkd.data.loader import clip_batches, length_sorted, report_skipped
 from speechkd.data.manifest import Manifest
 from speechkd.data.packing import WINDOW_SECONDS, PackedManifest, pack_manifest
 from speechkd.files import folder_lock
+from speechkd.labels.decoder_state_labels import decoder_states_header
 from speechkd.labels.decoding import DecodingConfig
 from speechkd.labels.labeller import Labeller, Target
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, create_store
@@ -50,8 +51,9 @@ def label_manifest(
 
     A row holds `id, duration_seconds, text, token_ids, mean_logprob, compression_ratio, no_speech_prob, finished,
     compute_seconds`; with "encoder_states" the store also has the last encoder states, (frames, dim), float16, with
-    "topk" the teacher's likeliest ids at each token of its label, to be read by `topk_records.read_topk`. With `pack`,
-    clips are joined to windows of up to 30 s: `id` and `previous_id` are those of `pack_manifest`, and `parts` holds
+    "topk" the teacher's likeliest ids at each token of its label, to be read by `topk_records.read_topk`, and with
+    "decoder_states" its last decoder states there, by `decoder_state_labels.read_decoder_states`. With `pack`, clips
+    are joined to windows of up to 30 s: `id` and `previous_id` are those of `pack_manifest`, and `parts` holds
     `id, start_seconds, duration_seconds` of the clips.
 
     Args:
@@ -133,6 +135,8 @@ def store_header(
         }
     if "topk" in targets:
         header["topk"] = topk_header(TOPK, model.config.vocab_size)
+    if "decoder_states" in targets:
+        header["decoder_states"] = decoder_states_header(model.config.d_model)
     return header
 
 

@@ -18,6 +18,7 @@ from transformers import WhisperForConditionalGeneration
 from speechkd.data.features import SAMPLE_RATE_HZ
 from speechkd.data.loader import clip_batches
 from speechkd.data.manifest import Manifest
+from speechkd.labels.decoder_state_labels import decoder_states_key
 from speechkd.labels.decoding import DecodingConfig
 from speechkd.labels.labeller import Labeller, Target
 from speechkd.labels.pseudo_label import ShardWriter, store_header
@@ -173,7 +174,7 @@ class _Actor:
         ):
             rows, arrays = self.labeller.label(batch, targets)
             for result in [*rows, *batch.skipped]:
-                keys = (result["id"], topk_key(result["id"]))
+                keys = (result["id"], topk_key(result["id"]), decoder_states_key(result["id"]))
                 columns["result"].append(json.dumps(result))
                 columns["arrays"].append(save({key: arrays[key] for key in keys if key in arrays}))
         return columns

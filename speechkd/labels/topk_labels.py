@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
-from speechkd.data.collate import WhisperTokens, collate_labels
+from speechkd.data.collate import WhisperTokens
+from speechkd.labels.decoder_state_labels import states_of_labels
 from speechkd.labels.topk_records import encode_topk
 from speechkd.losses.sparse import topk_targets
-from speechkd.models.whisper import decoder_states
 
 # At temperature 2 some 70 % of whisper-base's probability lies outside its 128 likeliest ids, at 1 it is 1 % outside
 # 32: so targets are made, and trained on, at 1.
@@ -38,12 +38,6 @@ def topk_of_labels(
     Raises:
         ValueError: k is not 1 to the vocabulary, a label is empty or too long, or a logit is NaN.
     """
-    decoder_input_ids, _ = collate_labels(token_id_sequences, tokens)
-    states, head = decoder_states(
-        model, encoder_outputs=(encoder_states,), decoder_input_ids=decoder_input_ids.to(encoder_states.device)
-    )
-    return [
-        # one label at a time: the logits of a whole batch would be the largest tensor of all
-        encode_topk(topk_targets(F.linear(row[: len(label) - 1], head), k), model.config.vocab_size)
-        for row, label in zip(states, token_id_sequences, strict=True)
-    ]
+    states, head = states_of_labels(model, encoder_states, token_id_sequences, tokens)
+    # one label at a time: the logits of a whole batch would be the largest tensor of all
+    return [encode_topk(topk_targets(F.linear(row, head), k), model.config.vocab_size) for row in states]

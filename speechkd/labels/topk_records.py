@@ -156,13 +156,7 @@ def collate_topk(targets: Sequence[TopK], num_tokens: Sequence[int], width: int)
     Raises:
         ValueError: an utterance has another number of targets than its label.
     """
-    for row, (target, length) in enumerate(zip(targets, num_tokens, strict=True)):
-        if len(target.ids) != length - 1:
-            raise ValueError(
-                f"utterance {row} of the batch has top-k targets of {len(target.ids)} tokens for a label of {length}, "
-                "whose first has none: they are of another label. Train on labels as they are stored, or set "
-                "teacher.stored_topk=false"
-            )
+    check_label_lengths("top-k targets", [len(target.ids) for target in targets], num_tokens)
     k = targets[0].ids.shape[-1]
     ids = torch.zeros(len(targets), width, k, dtype=torch.int64)
     log_probs, log_tail = torch.zeros(len(targets), width, k), torch.zeros(len(targets), width)
@@ -170,6 +164,26 @@ def collate_topk(targets: Sequence[TopK], num_tokens: Sequence[int], width: int)
         length = len(target.ids)
         ids[row, :length], log_probs[row, :length], log_tail[row, :length] = target
     return {"topk_ids": ids, "topk_log_probs": log_probs, "topk_log_tail": log_tail}
+
+
+def check_label_lengths(what: str, lengths: Sequence[int], num_tokens: Sequence[int]) -> None:
+    """Refuse stored outputs of a teacher that are of other labels than a batch has.
+
+    Args:
+        what: their name in the message.
+        lengths: stored tokens of each utterance.
+        num_tokens: length of each label, whose first token has no output.
+
+    Raises:
+        ValueError: an utterance has another number than its label.
+    """
+    for row, (found, length) in enumerate(zip(lengths, num_tokens, strict=True)):
+        if found != length - 1:
+            raise ValueError(
+                f"utterance {row} of the batch has {what} of {found} tokens for a label of {length}, whose first has "
+                "none: they are of another label. Train on labels as they are stored, or set "
+                "teacher.stored_outputs=null"
+            )
 
 
 def _record_dtype(k: int, vocabulary: int) -> np.dtype:

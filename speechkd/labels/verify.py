@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from speechkd.data.hub import read_utterances
 from speechkd.files import folder_lock, read_jsonl, write_jsonl
+from speechkd.labels.decoder_state_labels import decoder_states_key, is_decoder_states
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, check_teacher, create_store
-from speechkd.labels.topk_records import TOPK_PREFIX
+from speechkd.labels.topk_records import topk_key
 from speechkd.teachers import load_whisper, teacher_identity
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def _read_shards(store: LabelStore) -> _Found:
             found.remarks["num_empty"] += is_empty
             found.remarks["num_unfinished"] += not row["finished"]
             found.remarks["num_probably_silent"] += is_empty and row["no_speech_prob"] > NO_SPEECH_THRESHOLD
-        bad_arrays += _bad_arrays(path.with_suffix(".safetensors"), keys, store.header)
+        bad_arrays += _bad_arrays(path.with_suffix(".safetensors"), rows, store.header)
     _complain(found.problems, bad_arrays, "have arrays that are missing, damaged or of another shape")
     known = set(found.ids)
     found.lost_previous = [key for key, before in previous.items() if before not in known]
@@ -139,23 +140,33 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, problems
 
 
-def _bad_arrays(path: Path, keys: list[str], header: dict[str, Any]) -> list[str]:
-    """Ids that lack an array which the header promises, or whose encoder states are not what it says."""
-    if not {"encoder_states", "topk"} & set(header["targets"]):
+def _bad_arrays(path: Path, rows: list[dict[str, Any]], header: dict[str, Any]) -> list[str]:
+    """Ids that lack an array which the header promises, or whose states are not what it says."""
+    targets = set(header["targets"])
+    if not {"encoder_states", "topk", "decoder_states"} & targets:
         return []
     bad = []
     try:
         with safe_open(path, "pt") as file:
             known = set(file.keys())
-            for key in keys:
-                is_bad = "topk" in header["targets"] and f"{TOPK_PREFIX}{key}" not in known
-                if "encoder_states" in header["targets"] and not is_bad:
-                    array = file.get_tensor(key) if key in known else torch.empty(0)
+
+            def read(name: str) -> torch.Tensor:
+                return file.get_tensor(name) if name in known else torch.empty(0)
+
+            for row in rows:
+                key = row["id"]
+                is_bad = "topk" in targets and topk_key(key) not in known
+                if "encoder_states" in targets and not is_bad:
+                    array = read(key)
                     is_bad = list(array.shape) != header["encoder_states"]["shape"] or not array.isfinite().all()
+                if "decoder_states" in targets and not is_bad:
+                    array, num_tokens = read(decoder_states_key(key)), len(row.get("token_ids", ())) - 1
+                    is_good = is_decoder_states(array, header["decoder_states"]["dim"], num_tokens)
+                    is_bad = not is_good or not array.isfinite().all()
                 if is_bad:
                     bad.append(key)
     except (OSError, SafetensorError):
-        return keys
+        return [row["id"] for row in rows]
     return bad
 
 
@@ -243,5 +254,5 @@ def _arrays(path: Path, rows: dict[str, dict[str, Any]]) -> dict[str, torch.Tens
     if not path.exists():
         return {}
     with safe_open(path, "pt") as file:
-        wanted = [key for key in file.keys() if key in rows or key.removeprefix(TOPK_PREFIX) in rows]  # noqa: SIM118
-        return {key: file.get_tensor(key) for key in wanted}
+        wanted = {*rows, *map(topk_key, rows), *map(decoder_states_key, rows)}
+        return {key: file.get_tensor(key) for key in file.keys() if key in wanted}  # noqa: SIM118

@@ -28,6 +28,7 @@ from speechkd.data.hub import read_utterances  # noqa: E402
 from speechkd.data.packing import load_pack  # noqa: E402
 from speechkd.data.whisper import collate_whisper  # noqa: E402
 from speechkd.doctor import hardware_name  # noqa: E402
+from speechkd.labels.decoder_state_labels import decoder_states_of_labels  # noqa: E402
 from speechkd.labels.teacher_cache import LabelStore  # noqa: E402
 from speechkd.labels.topk_labels import topk_of_labels  # noqa: E402
 from speechkd.labels.topk_records import decode_topk  # noqa: E402
@@ -74,14 +75,16 @@ def real_clips(number: int, manifest: str, labels: str) -> list[dict[str, Any]]:
 
 
 def add_stored(clips: list[dict[str, Any]], teacher: WhisperForConditionalGeneration, tokens: WhisperTokens) -> None:
-    """What a label store would hold of the clips: encoder states in float16, and top-k targets."""
+    """What a label store would hold of the clips: encoder and decoder states in float16, and top-k targets."""
     log_mel = WhisperLogMel()
     for clip in clips:
         if "waveform" in clip:
             with torch.no_grad():
                 states = teacher.model.encoder(log_mel(pcm16_to_float(clip["waveform"])[None])).last_hidden_state
             clip["encoder_states"] = states[0].half()
-        (records,) = topk_of_labels(teacher, clip["encoder_states"].float()[None], [clip["token_ids"]], tokens, TOPK)
+        label = teacher, clip["encoder_states"].float()[None], [clip["token_ids"]], tokens
+        (clip["teacher_decoder_states"],) = decoder_states_of_labels(*label)
+        (records,) = topk_of_labels(*label, TOPK)
         clip["topk"] = decode_topk(records, TOPK, teacher.config.vocab_size)
 
 
@@ -139,6 +142,7 @@ def recipe_step(
     student: WhisperForConditionalGeneration,
     teacher: WhisperForConditionalGeneration | None,
     batches: list[dict[str, Any]],
+    teacher_head: Tensor | None = None,
 ) -> Step:
     """What the recipe does: head and loss fused, on scored positions alone."""
     log_mel = WhisperLogMel()
@@ -147,7 +151,13 @@ def recipe_step(
         loss = 0.0
         for batch in batches:
             total, _ = loss_terms(
-                student, teacher, batch, weights=WEIGHTS, log_mel=log_mel, shared_encoder=student.model.encoder
+                student,
+                teacher,
+                batch,
+                weights=WEIGHTS,
+                log_mel=log_mel,
+                shared_encoder=student.model.encoder,
+                teacher_head=teacher_head,
             )
             total.backward()
             student.zero_grad()
@@ -187,14 +197,17 @@ def main() -> None:
     heard = batches_of(clips, tokens, {"waveform"})
     cached = batches_of(clips, tokens, {"encoder_states"})
     in_order_cached = batches_of(in_order, tokens, {"encoder_states"})
-    stored = batches_of(in_order, tokens, {"encoder_states", "topk"})
+    with_states = batches_of(in_order, tokens, {"encoder_states", "teacher_decoder_states"})
+    with_topk = batches_of(in_order, tokens, {"encoder_states", "topk"})
+    teacher_head = teacher.get_output_embeddings().weight.detach()
     steps = {
         "plain: both encoders, full logits": full_logits_step(student, teacher, heard, shared=False),
         "shared encoder, full logits": full_logits_step(student, teacher, heard, shared=True),
         "cached states, full logits": full_logits_step(student, teacher, cached, shared=True),
         "cached states, fused loss on scored positions": recipe_step(student, teacher, cached),
         "the same, labels sorted by length": recipe_step(student, teacher, in_order_cached),
-        f"the same, stored top-{TOPK} instead of the teacher": recipe_step(student, None, stored),
+        "the same, stored decoder states instead of the teacher": recipe_step(student, None, with_states, teacher_head),
+        f"the same, stored top-{TOPK} instead of the teacher": recipe_step(student, None, with_topk),
     }
     losses = {}
     for name, step in steps.items():

@@ -14,6 +14,7 @@ from conftest import write_tone
 
 from speechkd.data.manifest import write_manifest
 from speechkd.labels import pseudo_label
+from speechkd.labels.decoder_state_labels import decoder_states_key
 from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStore
 from speechkd.labels.topk_records import topk_key
@@ -92,10 +93,11 @@ def test_a_killed_worker_loses_no_clip_and_changes_no_label(
 
 
 def test_each_engine_goes_on_with_what_the_other_began(cluster, tiny_teacher, manifest, local_labels, tmp_path):
-    targets = ("text", "encoder_states", "topk")
+    targets = ("text", "encoder_states", "topk", "decoder_states")
     local = label_manifest(tiny_teacher, manifest, tmp_path / "local", decoding=DECODING, targets=targets)
     shards = sorted((tmp_path / "local").glob("shard-*"))
-    expected = {key: local.array(key).clone() for name in local_labels for key in (name, topk_key(name))}
+    names = [key for name in local_labels for key in (name, topk_key(name), decoder_states_key(name))]
+    expected = {key: local.array(key).clone() for key in names}
     for path in shards:
         rows = path.read_text().splitlines(keepends=True) if path.suffix == ".jsonl" else []
         if rows:  # as if it had been stopped after 20 clips
