@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# SEGUE on one dataset, from the corpus to a speech encoder that is scored:
+#   bash recipes/segue/run.sh DATASET [--corpus-dir DIR] [--stage N] [--stop-stage M] [--force] [--section.key value ...]
+# Stages: 1 prepare, 2 label, 3 embed, 4 train, 5 evaluate, 6 understand. A finished stage is skipped; a killed one carries on.
+set -euo pipefail
+
+recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$recipe_dir/../.." && pwd)
+# shellcheck source=../stages.sh
+source "$root/recipes/stages.sh"
+usage() { sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit "$1"; }
+fail() { echo "error: $1" >&2; exit 2; }
+
+[[ $# -ge 1 ]] || usage 2
+[[ $1 != -h && $1 != --help ]] || usage 0
+dataset=$1; shift
+config=$recipe_dir/$dataset.yaml
+[[ -f $config ]] || fail "no recipe for dataset '$dataset'; there are: $(cd "$recipe_dir" && ls ./*.yaml | sed 's|./||; s|.yaml||' | tr '\n' ' ')"
+
+corpus_dir="" first=1 last=6 force=() overrides=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --corpus-dir|--stage|--stop-stage)
+      [[ $# -ge 2 ]] || fail "$1 needs a value"
+      case $1 in --corpus-dir) corpus_dir=$2 ;; --stage) first=$2 ;; --stop-stage) last=$2 ;; esac
+      shift 2 ;;
+    --force) force=(--force); shift ;;
+    *) overrides+=("$1"); shift ;;
+  esac
+done
+for stage in "$first" "$last"; do
+  [[ $stage =~ ^[1-6]$ ]] || fail "a stage is 1 to 6, not '$stage'"
+done
+
+resolved=$(mktemp); trap 'rm -f "$resolved"' EXIT
+python "$recipe_dir/train.py" --config "$config" "${overrides[@]}" --print_config > "$resolved" || exit 2
+run_dir=$(value trainer.output_dir)
+labels_dir=$(value data.labels_dir)
+
+label() {
+  local split manifest
+  for split in train test dev; do
+    manifest=$(value "data.${split}_manifest")
+    [[ $manifest == none ]] ||
+      speechkd label --teacher "$(value data.label_teacher)" --whisper-task "$(value decoding.task)" \
+        --batch-size "$(value decoding.batch_size)" --max-new-tokens "$(value decoding.max_new_tokens)" \
+        --num-workers "$(value decoding.num_workers)" --max-skipped-fraction "$(value data.max_skipped_fraction)" \
+        --manifest "$manifest" --output-dir "$labels_dir/$split" --language "$(value decoding.language)"
+  done
+}
+
+manifests="data.train_manifest data.test_manifest data.dev_manifest"
+prepare_stage # recipes/distil_whisper prepares the same corpora, and leaves the same stamp
+if [[ $labels_dir == none ]]; then
+  (( first > 2 || last < 2 )) || echo "stage 2 (label): no data.labels_dir, the texts are those of the manifests"
+else # the stores may be shared with other runs, so --force removes none; they refuse another teacher themselves
+  run_stage 2 label "$labels_dir/.stage-transcribe.json" \
+    "$manifests data.label_teacher data.max_skipped_fraction decoding" "" label
+fi
+run_stage 3 embed "$run_dir/.stage-embed.json" \
+  "$manifests data.labels_dir data.max_skipped_fraction teacher student" "" \
+  python "$recipe_dir/store_targets.py" --config "$resolved"
+run_stage 4 train "$run_dir/.stage-train.json" "teacher data student loss filters trainer" "$run_dir" \
+  python "$recipe_dir/train.py" --config "$resolved"
+run_stage 5 evaluate "$run_dir/.stage-evaluate.json" "teacher data student trainer" \
+  "$run_dir/results.json $run_dir/retrieval.json" python "$recipe_dir/evaluate_embeddings.py" --config "$resolved"
+if [[ $(value understanding) == none ]]; then
+  (( last < 6 )) || echo "stage 6 (understand): no understanding section, nothing to ask"
+else
+  run_stage 6 understand "$run_dir/.stage-understand.json" "teacher data student understanding trainer" \
+    "$run_dir/understanding.json" python "$recipe_dir/understand.py" --config "$resolved"
+fi
