@@ -374,7 +374,7 @@ def test_clips_that_cannot_be_heard_are_refused():
         embedder.encode([good.astype(np.int16)])
     with pytest.raises(ValueError, match="clip 1 holds NaN or infinite samples"):
         embedder.encode([good, good + np.nan])
-    with pytest.raises(ValueError, match="longer than Whisper's window of 30 s"):
+    with pytest.raises(ValueError, match="longer than the model's window of 30 s"):
         SpeechEmbedder(make_student("whisper")).encode([np.zeros(480_001, dtype=np.float32)])
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
         embedder.encode([good], batch_size=0)
