@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 from typing import Any, Literal
 
-from speechkd.files import atomic_write
+from speechkd.readme_tables import parse_table_arguments, require_results, show_table
 
 COLUMNS = [
     ("wer", "WER %"),
@@ -195,30 +195,13 @@ def _sentence(notes: dict[str, Any]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in notes.items()) + "."
 
 
-def put_between_markers(readme: Path, marker: str, text: str) -> None:
-    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`.
-
-    Raises:
-        SystemExit: the file lacks one of them.
-    """
-    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    content = readme.read_text(encoding="utf-8")
-    if start not in content or end not in content:
-        raise SystemExit(f"error: {readme} lacks {start} or {end}")
-    before, rest = content.split(start)
-    with atomic_write(readme) as temporary:
-        temporary.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
 def read_results(run_dirs: list[Path]) -> list[dict[str, Any]]:
     """results.json of each run.
 
     Raises:
         SystemExit: a run has none; names all of them.
     """
-    missing = [str(run) for run in run_dirs if not (run / "results.json").is_file()]
-    if missing:
-        raise SystemExit(f"error: no results.json in {', '.join(missing)}; run the evaluate stage first")
+    require_results(run_dirs)
     return [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in run_dirs]
 
 
@@ -226,11 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Tables out of results.json files and other measurements.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or one JSON file of measurements")
     parser.add_argument("--group-by", choices=("layers", "name"), help="one row for each group of runs")
-    parser.add_argument("--readme", type=Path, help="file to put the table into")
-    parser.add_argument("--marker", help="name of the place in that file")
-    arguments = parser.parse_args(argv)
-    if arguments.readme is not None and arguments.marker is None:
-        parser.error("--readme needs --marker, the name of the place in that file")
+    arguments = parse_table_arguments(parser, argv)
     if len(arguments.runs) == 1 and arguments.runs[0].is_file():
         table = format_measurements(json.loads(arguments.runs[0].read_text(encoding="utf-8")))
     else:
@@ -239,10 +218,7 @@ def main(argv: list[str] | None = None) -> None:
             table = format_groups_with_notes(arguments.runs, results, arguments.group_by)
         else:
             table = f"{format_table(*results)}\n{stage_times(arguments.runs)}"
-    if arguments.readme is None:
-        print(table)
-    else:
-        put_between_markers(arguments.readme, arguments.marker, table)
+    show_table(table, arguments)
 
 
 if __name__ == "__main__":

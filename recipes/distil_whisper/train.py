@@ -6,7 +6,6 @@ Gandhi et al. 2023, https://arxiv.org/abs/2311.00430. Launch: python recipes/dis
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -20,16 +19,17 @@ from students import Models, StudentConfig, build_models
 from transformers import WhisperProcessor, set_seed
 
 from speechkd.cli import exit_codes
-from speechkd.config import DataConfig, EvaluationConfig, TeacherConfig, parse_config, save_config
+from speechkd.config import DataConfig, EvaluationConfig, TeacherConfig, parse_config
 from speechkd.data.augment import WaveformAugment
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
 from speechkd.data.mixture import Mixture
 from speechkd.data.whisper import WhisperTrainSet, collate_whisper
 from speechkd.doctor import hardware_name
 from speechkd.export.huggingface import model_card, save_student
-from speechkd.files import folder_lock, write_json
+from speechkd.files import write_json
 from speechkd.labels.decoding import DecodingConfig, decoding_tokens
 from speechkd.labels.filters import FilterConfig
+from speechkd.run_folder import training_run
 from speechkd.teachers import load_processor
 from speechkd.trainer import DistillationArguments, DistillationTrainer
 
@@ -193,11 +193,8 @@ def main(argv: list[str] | None = None) -> None:
     config, resolved_yaml = parse_config(DistilWhisperConfig, argv)
     output_dir = Path(config.trainer.output_dir)
     is_main = config.trainer.process_index == 0
-    with folder_lock(output_dir) if is_main else nullcontext():
-        if is_main:
-            save_config(resolved_yaml, output_dir)
-        if (output_dir / "run.json").exists():
-            logger.info("%s holds a finished training", output_dir)
+    with training_run(config.trainer, resolved_yaml) as is_finished:
+        if is_finished:
             return
         trainer, processor, run = build_trainer(config)
         if is_main and not (output_dir / "student_init").exists():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speechkd.files import atomic_write
+from speechkd.readme_tables import parse_table_arguments, require_results, show_table
 
 COLUMNS = [
     ("mean_slot_accuracy", "mean slot accuracy %"),
@@ -44,9 +44,7 @@ def format_table(run_dirs: Sequence[Path]) -> str:
     Raises:
         SystemExit: a run has no understanding.json, or the runs differ in task or test manifest.
     """
-    missing = [str(run) for run in run_dirs if not (run / "understanding.json").is_file()]
-    if missing:
-        raise SystemExit(f"error: no understanding.json in {', '.join(missing)}; run the understand stage first")
+    require_results(list(run_dirs), "understanding.json")
     contents = [json.loads((run / "understanding.json").read_text(encoding="utf-8")) for run in run_dirs]
     origins = sorted({f"{content['task']} on {content['manifests']['test']}" for content in contents})
     if len(origins) > 1:
@@ -100,34 +98,11 @@ def _notes(contents: list[dict[str, Any]], num_runs: int) -> str:
     return ". ".join(part[0].upper() + part[1:] for part in parts if part) + "."
 
 
-def put_between_markers(readme: Path, marker: str, text: str) -> None:
-    """Replace what stands between `<!-- marker -->` and `<!-- /marker -->`.
-
-    Raises:
-        SystemExit: the file lacks one of them.
-    """
-    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    content = readme.read_text(encoding="utf-8")
-    if start not in content or end not in content:
-        raise SystemExit(f"error: {readme} lacks {start} or {end}")
-    before, rest = content.split(start)
-    with atomic_write(readme) as temporary:
-        temporary.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Tables out of understanding.json files.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--readme", type=Path, help="file to put the table into")
-    parser.add_argument("--marker", help="name of the place in that file")
-    arguments = parser.parse_args(argv)
-    if arguments.readme is not None and arguments.marker is None:
-        parser.error("--readme needs --marker, the name of the place in that file")
-    table = format_table(arguments.runs)
-    if arguments.readme is None:
-        print(table)
-    else:
-        put_between_markers(arguments.readme, arguments.marker, table)
+    arguments = parse_table_arguments(parser, argv)
+    show_table(format_table(arguments.runs), arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Tan et al. 2023, https://arxiv.org/abs/2305.12301. Launch: python recipes/segue/
 import logging
 import os
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -21,14 +20,15 @@ from transformers import set_seed
 from understanding_tasks import UnderstandingConfig
 
 from speechkd.cli import exit_codes
-from speechkd.config import parse_config, save_config
+from speechkd.config import parse_config
 from speechkd.data.sampler import DurationBatchSampler
 from speechkd.doctor import hardware_name
-from speechkd.files import folder_lock, write_json
+from speechkd.files import write_json
 from speechkd.labels.decoding import DecodingConfig
 from speechkd.labels.filters import FilterConfig
 from speechkd.models.segue import SegueEncoder
 from speechkd.models.speech_embedder import load_segue
+from speechkd.run_folder import training_run
 from speechkd.teachers_text import Pooling, SentenceTeacher, load_sentence_teacher
 from speechkd.trainer import DistillationArguments, DistillationTrainer
 
@@ -288,11 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     config, resolved_yaml = parse_config(SegueConfig, argv)
     output_dir = Path(config.trainer.output_dir)
     is_main = config.trainer.process_index == 0
-    with folder_lock(output_dir) if is_main else nullcontext():
-        if is_main:
-            save_config(resolved_yaml, output_dir)
-        if (output_dir / "run.json").exists():
-            logger.info("%s holds a finished training", output_dir)
+    with training_run(config.trainer, resolved_yaml) as is_finished:
+        if is_finished:
             return
         trainer, run = build_trainer(config)
         trainer.train(resume_from_checkpoint=True)

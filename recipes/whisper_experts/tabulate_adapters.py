@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from speechkd.readme_tables import parse_table_arguments, require_results, show_table
+
 COLUMNS = [
     ("wer", "WER %"),
     ("cer", "CER %"),
@@ -87,22 +89,9 @@ def _gate_notes(run_dirs: Sequence[Path], runs: list[dict[str, Any]]) -> list[st
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Table out of results.json files.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of one dataset")
-    parser.add_argument("--readme", type=Path, help="file to put the table into")
-    parser.add_argument("--marker", help="name of the place in that file")
-    arguments = parser.parse_args(argv)
-    missing = [str(run) for run in arguments.runs if not (run / "results.json").is_file()]
-    if missing:
-        raise SystemExit(f"error: no results.json in {', '.join(missing)}; run the evaluate stage first")
-    table = format_table(arguments.runs)
-    if arguments.readme is None:
-        print(table)
-        return
-    start, end = f"<!-- {arguments.marker} -->", f"<!-- /{arguments.marker} -->"
-    text = arguments.readme.read_text(encoding="utf-8")
-    if start not in text or end not in text:
-        raise SystemExit(f"error: {arguments.readme} lacks {start} or {end}")
-    before, rest = text.split(start)
-    arguments.readme.write_text(f"{before}{start}\n{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    arguments = parse_table_arguments(parser, argv)
+    require_results(arguments.runs)
+    show_table(format_table(arguments.runs), arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Ferraz et al. 2024, https://arxiv.org/abs/2311.01070. Launch: python recipes/whi
 """
 
 import logging
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -28,7 +27,7 @@ from transformers import (
 )
 
 from speechkd.cli import exit_codes
-from speechkd.config import DataConfig, EvaluationConfig, TeacherConfig, parse_config, save_config
+from speechkd.config import DataConfig, EvaluationConfig, TeacherConfig, parse_config
 from speechkd.data.augment import WaveformAugment
 from speechkd.data.collate import WhisperTokens
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
@@ -37,11 +36,12 @@ from speechkd.data.sampler import DurationBatchSampler
 from speechkd.data.whisper import WhisperTrainSet, pseudo_labelled_set, reference_set
 from speechkd.doctor import hardware_name
 from speechkd.export.huggingface import model_card, save_student
-from speechkd.files import folder_lock, write_json
+from speechkd.files import write_json
 from speechkd.labels.decoding import DecodingConfig, decoding_tokens
 from speechkd.labels.filters import FilterConfig
 from speechkd.labels.teacher_cache import LabelStore, check_teacher
 from speechkd.models.language_experts import set_gate_noise
+from speechkd.run_folder import training_run
 from speechkd.teachers import check_vocabularies, load_processor, load_whisper, teacher_identity
 from speechkd.trainer import DistillationArguments, DistillationTrainer
 
@@ -241,11 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     config, resolved_yaml = parse_config(ExpertsConfig, argv)
     output_dir = Path(config.trainer.output_dir)
     is_main = config.trainer.process_index == 0
-    with folder_lock(output_dir) if is_main else nullcontext():
-        if is_main:
-            save_config(resolved_yaml, output_dir)
-        if (output_dir / "run.json").exists():
-            logger.info("%s holds a finished training", output_dir)
+    with training_run(config.trainer, resolved_yaml) as is_finished:
+        if is_finished:
             return
         trainer, processor, run, wrapper = build_trainer(config)
         trainer.train(resume_from_checkpoint=True)

@@ -1,0 +1,40 @@
+"""The folder of a training run: one training at a time, and none again that is finished."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from speechkd.config import save_config
+from speechkd.files import folder_lock
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"  # facts of the training; written last, so that it says the training is finished
+
+
+@contextmanager
+def training_run(arguments: TrainingArguments, resolved_yaml: str) -> Iterator[bool]:
+    """Hold the run folder while a recipe trains, with `config.yaml` in it; the main process alone writes.
+
+    Args:
+        arguments: of the trainer; `output_dir` is the run folder.
+        resolved_yaml: of `parse_config`.
+
+    Yields:
+        Whether the folder holds a finished training already, which is also logged.
+
+    Raises:
+        ValueError: another training runs in the folder, or its configuration is another one.
+    """
+    output_dir = Path(str(arguments.output_dir))
+    is_main = arguments.process_index == 0
+    with folder_lock(output_dir) if is_main else nullcontext():
+        if is_main:
+            save_config(resolved_yaml, output_dir)
+        is_finished = (output_dir / RUN_FILE).exists()
+        if is_finished:
+            logger.info("%s holds a finished training", output_dir)
+        yield is_finished
