@@ -63,7 +63,7 @@ def decode_speed(config: DistilWhisperConfig, names: list[str]) -> dict[str, Any
     device = config.trainer.device
     models = [load_whisper(name, device=device) for name in names]
     manifest = read_manifest(config.data.test_manifest)
-    log_mel = WhisperLogMel(models[0].config.num_mel_bins).to(device)
+    log_mel = WhisperLogMel.for_model(models[0].config).to(device)
     speed: dict[str, Any] = {}
     for batch_size in DECODE_BATCH_SIZES:
         clips = next(

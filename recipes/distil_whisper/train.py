@@ -172,7 +172,7 @@ def build_trainer(config: DistilWhisperConfig) -> tuple[DistillationTrainer, Whi
         loss_terms=partial(
             loss_terms,
             weights=config.loss,
-            log_mel=WhisperLogMel(student.config.num_mel_bins).to(config.trainer.device),
+            log_mel=WhisperLogMel.for_model(student.config).to(config.trainer.device),
             shared_encoder=encoder if shared else None,
             teacher_head=models.teacher_head,
             draws=StepDraws(

@@ -224,9 +224,7 @@ def build_trainer(config: ExpertsConfig) -> tuple[DistillationTrainer, WhisperPr
             world_size=config.trainer.world_size,
             sort_keys=train_set.label_lengths,
         ),
-        loss_terms=partial(
-            loss_terms, weights=config.loss, log_mel=WhisperLogMel(student.config.num_mel_bins).to(device)
-        ),
+        loss_terms=partial(loss_terms, weights=config.loss, log_mel=WhisperLogMel.for_model(student.config).to(device)),
         count_items=count_items,
         eval_dataset=dev_set,
         eval_sampler=None
@@ -260,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
                     trainer.model,
                     trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset,
                     trainer.data_collator,
-                    WhisperLogMel(trainer.model.config.num_mel_bins).to(config.trainer.device),
+                    WhisperLogMel.for_model(trainer.model.config).to(config.trainer.device),
                 ),
             )
             save_student(merged, processor, output_dir / "student", model_card(run))
