@@ -4,21 +4,23 @@ import json
 import logging
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from speechkd.preemption import PREEMPTED_EXIT_CODE, Preempted, sigterm_raises
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 NORMALIZERS = ("english", "basic", "none", "keep_marks", "arabic")  # named here, as their import takes a second
 
 
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turn errors that a user can mend into their message and an exit code; anything else keeps its traceback.
+def run_command(command: Callable[[], T]) -> T:
+    """Call a command; errors that a user can mend become a message and an exit code, any other keeps its traceback.
+
+    A function and not a context manager, whose own `__exit__` a signal could interrupt before it handles anything.
 
     Raises:
         SystemExit: 2 for bad input and for what the system refuses (missing files, a full disk), 1 for a loss that is
@@ -26,7 +28,7 @@ def exit_codes() -> Iterator[None]:
     """
     try:
         with sigterm_raises():
-            yield
+            return command()
     except Preempted as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(PREEMPTED_EXIT_CODE) from error
@@ -51,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # transformers warns at each call that max_new_tokens goes before the checkpoint's max_length, as it should
     logging.getLogger("transformers.generation").setLevel(logging.ERROR)
-    with exit_codes():
-        result = arguments.run(arguments)
+    result = run_command(lambda: arguments.run(arguments))
     if arguments.json:
         sys.stdout.write(json.dumps(result) + "\n")
     elif arguments.run is _bench:

@@ -1,12 +1,14 @@
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from speechkd import doctor
-from speechkd.cli import exit_codes, main
+from speechkd.cli import main, run_command
 
 
 def test_label_and_evaluate_print_json_and_finish_with_0(tiny_teacher, tone_manifest, tmp_path, capsys):
@@ -54,12 +56,43 @@ def test_evaluate_says_what_its_task_lacks_or_does_not_use(arguments, message, c
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
+def raises(error):
+    raise error
+
+
 def test_a_loss_that_is_not_finite_ends_with_1_and_a_bug_keeps_its_traceback():
-    with pytest.raises(SystemExit) as error, exit_codes():
-        raise FloatingPointError("the loss is nan")
+    with pytest.raises(SystemExit) as error:
+        run_command(lambda: raises(FloatingPointError("the loss is nan")))
     assert error.value.code == 1
-    with pytest.raises(KeyError), exit_codes():
-        raise KeyError("bug")
+    with pytest.raises(KeyError):
+        run_command(lambda: raises(KeyError("bug")))
+
+
+def test_a_signal_at_any_step_of_a_command_ends_with_75(monkeypatch):
+    """Until its handler is taken off again: a signal just after the command's last line was once a traceback."""
+    before, codes, num_steps = signal.getsignal(signal.SIGTERM), [], itertools.count()
+
+    def signal_at(step):
+        def trace(frame, event, argument):
+            if signal.getsignal(signal.SIGTERM) is not before and next(num_steps) == step:
+                signal.raise_signal(signal.SIGTERM)
+            return trace
+
+        return trace
+
+    for step in range(100):
+        num_steps = itertools.count()
+        sys.settrace(signal_at(step))
+        try:
+            run_command(lambda: None)
+        except SystemExit as error:
+            codes.append(error.code)
+        finally:
+            sys.settrace(None)
+            signal.signal(signal.SIGTERM, before)
+        if next(num_steps) <= step:  # the command ended before
+            break
+    assert codes == [75] * step and step > 5
 
 
 def test_doctor_says_why_a_cpu_stays_in_float32(tone_manifest):

@@ -12,7 +12,7 @@ import torch
 from tabulate_results import format_table
 from train import DistilWhisperConfig
 
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
 from speechkd.data.loader import clip_batches
@@ -104,5 +104,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("transformers.generation").setLevel(logging.ERROR)  # it repeats that max_new_tokens wins
-    with exit_codes():
-        main()
+    run_command(main)

@@ -8,7 +8,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 from speechkd.files import write_json
 from speechkd.models.draft_refresh import RefreshConfig, acceptance, refresh_on_manifest
 
@@ -52,5 +52,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_codes():
-        main()
+    run_command(main)

@@ -18,7 +18,7 @@ from objective import LossConfig, StepDraws, check_stored_outputs, count_items, 
 from students import Models, StudentConfig, build_models
 from transformers import WhisperProcessor, set_seed
 
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 from speechkd.config import DataConfig, EvaluationConfig, TeacherConfig, parse_config
 from speechkd.data.augment import WaveformAugment
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
@@ -208,5 +208,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_codes():
-        main()
+    run_command(main)

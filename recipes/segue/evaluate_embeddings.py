@@ -17,7 +17,7 @@ import torch
 from heads import speech_vectors
 from sentence_corpora import spoken_texts, tell_cut, text_vectors
 
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.hub import read_utterances
 from speechkd.data.loader import report_skipped
@@ -214,5 +214,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_codes():
-        main()
+    run_command(main)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sentence_corpora import SPLITS
 
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.estimate import load_recipe, recipe_config_class
 from speechkd.labels.embeddings import cache_lower_states, embed_texts, manifest_texts
@@ -48,5 +48,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_codes():
-        main()
+    run_command(main)

@@ -19,7 +19,7 @@ from sentence_corpora import DataConfig, SentenceSet, build_set, collate_sentenc
 from transformers import set_seed
 from understanding_tasks import UnderstandingConfig
 
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.sampler import DurationBatchSampler
 from speechkd.doctor import hardware_name
@@ -302,5 +302,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_codes():
-        main()
+    run_command(main)

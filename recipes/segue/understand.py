@@ -24,7 +24,7 @@ from tabulate_understanding import format_table
 from torch import Tensor
 from understanding_tasks import CTC_TASKS, UnderstandingConfig
 
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.loader import report_skipped
 from speechkd.doctor import hardware_name
@@ -189,5 +189,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_codes():
-        main()
+    run_command(main)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate_adapters import format_table
 
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.features import SAMPLE_RATE_HZ
 from speechkd.data.hub import read_utterances
@@ -122,5 +122,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("transformers.generation").setLevel(logging.ERROR)  # it repeats that max_new_tokens wins
-    with exit_codes():
-        main()
+    run_command(main)

@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 from speechkd.config import DataConfig, EvaluationConfig, TeacherConfig, parse_config
 from speechkd.data.augment import WaveformAugment
 from speechkd.data.collate import WhisperTokens
@@ -268,5 +268,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_codes():
-        main()
+    run_command(main)

@@ -19,14 +19,13 @@ import train
 
 import speechkd.cli
 import speechkd.labels.pseudo_label as pseudo_label
-from speechkd.cli import exit_codes
+from speechkd.cli import run_command
 
 
 def run_train(argv: list[str]) -> None:
     """What `python recipes/distil_whisper/train.py` does."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with exit_codes():
-        train.main(argv)
+    run_command(lambda: train.main(argv))
 
 
 def run_label(argv: list[str]) -> None:
