@@ -1,6 +1,40 @@
-# Stages of the recipes' run.sh, which sources this file and sets: root, resolved (YAML of the run),
-# corpus_dir, first, last, force.
+# What the recipes' run.sh share: their arguments and their stages. A run.sh sources this file, and calls `read_arguments`
+# and `resolve` before any stage.
 # shellcheck shell=bash disable=SC2154
+root=$(cd "$recipe_dir/../.." && pwd)
+resolved=$(mktemp); trap 'rm -f "$resolved"' EXIT # the YAML of the run
+
+fail() { echo "error: $1" >&2; exit 2; }
+
+# The help is the comment at the top of run.sh.
+usage() { sed -n '2,4s/^# \{0,1\}//p' "$recipe_dir/run.sh"; exit "$1"; }
+
+# read_arguments LAST_STAGE DATASET [OPTION ...]: sets config (a YAML file), corpus_dir, first, last, force and overrides.
+read_arguments() {
+  local last_stage=$1 stage; shift
+  [[ $# -ge 1 ]] || usage 2
+  [[ $1 != -h && $1 != --help ]] || usage 0
+  config=$recipe_dir/$1.yaml
+  [[ -f $config ]] || fail "no recipe for dataset '$1'; there are: $(cd "$recipe_dir" && ls ./*.yaml | sed 's|./||; s|.yaml||' | tr '\n' ' ')"
+  shift
+  corpus_dir="" first=1 last=$last_stage force=() overrides=()
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --corpus-dir|--stage|--stop-stage)
+        [[ $# -ge 2 ]] || fail "$1 needs a value"
+        case $1 in --corpus-dir) corpus_dir=$2 ;; --stage) first=$2 ;; --stop-stage) last=$2 ;; esac
+        shift 2 ;;
+      --force) force=(--force); shift ;;
+      *) overrides+=("$1"); shift ;;
+    esac
+  done
+  for stage in "$first" "$last"; do
+    [[ $stage =~ ^[0-9]$ ]] && (( stage >= 1 && stage <= last_stage )) || fail "a stage is 1 to $last_stage, not '$stage'"
+  done
+}
+
+# resolve [OPTION ...]: writes the configuration of the run, with the overrides and these options, where `value` reads it.
+resolve() { python "$recipe_dir/train.py" --config "$config" "${overrides[@]}" "$@" --print_config > "$resolved" || exit 2; }
 
 # value SECTION.KEY: a setting of the run; "none" for null, and the length of a list, whose items are KEY.0, KEY.1, ...
 value() { python -c 'import sys, yaml
@@ -36,8 +70,7 @@ prepare_stage() {
   [[ -z $corpus_dir ]] || corpus_option=(--corpus-dir "$corpus_dir")
   prepare() {
     if [[ ! -f $root/data_prep/$(basename "$data_dir").py ]]; then
-      echo "error: no script of data_prep makes $manifest; make it yourself, and begin with --stage 2" >&2
-      exit 2
+      fail "no script of data_prep makes $manifest; make it yourself, and begin with --stage 2"
     fi
     python "$root/data_prep/$(basename "$data_dir").py" "${corpus_option[@]}" --output-dir "$data_dir" "${languages[@]}"
   }

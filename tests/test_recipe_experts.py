@@ -276,6 +276,6 @@ def test_run_sh_says_what_would_do(tmp_path):
     done = run_sh(tmp_path, "timit")
     assert done.returncode == 2 and "there are: barista common_voice fsdd" in done.stderr
     done = run_sh(tmp_path, "fsdd", "--stage", "4")
-    assert done.returncode == 2 and "a stage is 1, 2 or 3, not '4'" in done.stderr
+    assert done.returncode == 2 and "a stage is 1 to 3, not '4'" in done.stderr
     done = run_sh(tmp_path, "fsdd", "--student.adapter", "lora")
     assert done.returncode == 2 and '--adapters "experts lora none" chooses' in done.stderr

@@ -23,7 +23,7 @@ def test_wrong_words_end_with_2_and_say_what_would_do(tmp_path):
     done = run_sh(tmp_path, "timit")
     assert done.returncode == 2 and "there are: barista common_voice" in done.stderr and "quickstart" in done.stderr
     done = run_sh(tmp_path, "fsdd", "--stage", "9")
-    assert done.returncode == 2 and "a stage is 1, 2, 3 or 4, not '9'" in done.stderr
+    assert done.returncode == 2 and "a stage is 1 to 4, not '9'" in done.stderr
     done = run_sh(tmp_path, "fsdd", "--corpus-dir")
     assert done.returncode == 2 and "--corpus-dir needs a value" in done.stderr
     done = run_sh(tmp_path, "fsdd", "--corpus-dir", "nowhere")

@@ -5,37 +5,10 @@
 set -euo pipefail
 
 recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$recipe_dir/../.." && pwd)
 # shellcheck source=../stages.sh
-source "$root/recipes/stages.sh"
-usage() { sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit "$1"; }
-
-[[ $# -ge 1 ]] || usage 2
-[[ $1 != -h && $1 != --help ]] || usage 0
-dataset=$1; shift
-config=$recipe_dir/$dataset.yaml
-if [[ ! -f $config ]]; then
-  echo "error: no recipe for dataset '$dataset'; there are: $(cd "$recipe_dir" && ls ./*.yaml | sed 's|./||; s|.yaml||' | tr '\n' ' ')" >&2
-  exit 2
-fi
-
-corpus_dir="" first=1 last=4 force=() overrides=()
-while [[ $# -gt 0 ]]; do
-  case $1 in
-    --corpus-dir|--stage|--stop-stage)
-      [[ $# -ge 2 ]] || { echo "error: $1 needs a value" >&2; exit 2; }
-      case $1 in --corpus-dir) corpus_dir=$2 ;; --stage) first=$2 ;; --stop-stage) last=$2 ;; esac
-      shift 2 ;;
-    --force) force=(--force); shift ;;
-    *) overrides+=("$1"); shift ;;
-  esac
-done
-for stage in "$first" "$last"; do
-  [[ $stage =~ ^[1-4]$ ]] || { echo "error: a stage is 1, 2, 3 or 4, not '$stage'" >&2; exit 2; }
-done
-
-resolved=$(mktemp); trap 'rm -f "$resolved"' EXIT
-python "$recipe_dir/train.py" --config "$config" "${overrides[@]}" --print_config > "$resolved" || exit 2
+source "$recipe_dir/../stages.sh"
+read_arguments 4 "$@"
+resolve
 run_dir=$(value trainer.output_dir)
 labels_dir=$(value data.labels_dir)
 train_manifest=$(value data.train_manifest)

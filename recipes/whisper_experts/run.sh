@@ -5,36 +5,18 @@
 set -euo pipefail
 
 recipe_dir=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd "$recipe_dir/../.." && pwd)
 # shellcheck source=../stages.sh
-source "$root/recipes/stages.sh"
-usage() { sed -n '2,4s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit "$1"; }
-fail() { echo "error: $1" >&2; exit 2; }
+source "$recipe_dir/../stages.sh"
 
-[[ $# -ge 1 ]] || usage 2
-[[ $1 != -h && $1 != --help ]] || usage 0
-dataset=$1; shift
-config=$recipe_dir/$dataset.yaml
-[[ -f $config ]] || fail "no recipe for dataset '$dataset'; there are: $(cd "$recipe_dir" && ls ./*.yaml | sed 's|./||; s|.yaml||' | tr '\n' ' ')"
-
-corpus_dir="" adapters="experts lora" first=1 last=3 force=() overrides=()
+adapters="experts lora" words=()
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --corpus-dir|--adapters|--stage|--stop-stage)
-      [[ $# -ge 2 ]] || fail "$1 needs a value"
-      case $1 in --corpus-dir) corpus_dir=$2 ;; --adapters) adapters=$2 ;; --stage) first=$2 ;; --stop-stage) last=$2 ;; esac
-      shift 2 ;;
-    --force) force=(--force); shift ;;
+    --adapters) [[ $# -ge 2 ]] || fail "$1 needs a value"; adapters=$2; shift 2 ;;
     --student.adapter*) fail "--adapters \"experts lora none\" chooses what is trained" ;;
-    *) overrides+=("$1"); shift ;;
+    *) words+=("$1"); shift ;;
   esac
 done
-for stage in "$first" "$last"; do
-  [[ $stage =~ ^[1-3]$ ]] || fail "a stage is 1, 2 or 3, not '$stage'"
-done
-
-resolved=$(mktemp); trap 'rm -f "$resolved"' EXIT
-resolve() { python "$recipe_dir/train.py" --config "$config" "${overrides[@]}" "$@" --print_config > "$resolved" || exit 2; }
+read_arguments 3 "${words[@]}"
 resolve
 base_dir=$(value trainer.output_dir)
 prepare_stage # recipes/distil_whisper prepares the same corpora, and leaves the same stamp
