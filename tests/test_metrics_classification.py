@@ -12,7 +12,6 @@ from speechkd.metrics.classification import (
     macro_f1,
     mosei_scores,
     pearson_r,
-    retrieval_top1,
     weighted_f1,
 )
 
@@ -195,59 +194,3 @@ def test_values_that_cannot_be_compared_are_refused(truth, predictions, message)
 def test_sentiment_without_any_that_is_not_neutral_is_refused():
     with pytest.raises(ValueError, match="all 2 truths are 0"):
         mosei_scores([0.0, 0.0], [1.0, -1.0])
-
-
-def test_retrieval_counts_queries_nearest_to_their_own_candidate():
-    candidates = np.eye(4)
-    queries = np.eye(4)
-    queries[3] = [0, 0, 1, 0.5]  # nearer to candidate 2
-    assert retrieval_top1(queries, candidates) == 0.75
-
-
-def test_retrieval_looks_at_directions_alone():
-    random = np.random.default_rng(0)
-    vectors = random.normal(size=(20, 5))
-    assert retrieval_top1(vectors * random.uniform(0.01, 100, size=(20, 1)), vectors) == 1.0
-    assert retrieval_top1(-vectors, vectors) == 0.0
-
-
-def test_equally_near_candidates_share_the_point():
-    candidates = np.array([[1.0, 0], [1.0, 0], [0, 1.0]])
-    assert retrieval_top1(candidates, candidates) == pytest.approx((0.5 + 0.5 + 1) / 3)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_an_encoder_that_maps_all_to_one_vector_scores_chance(dtype):
-    random = np.random.default_rng(0)
-    same = np.repeat(random.normal(size=(1, 384)), 50, axis=0).astype(dtype)
-    texts = random.normal(size=(50, 384)).astype(dtype)
-    assert retrieval_top1(same, texts) == pytest.approx(1 / 50)
-    assert retrieval_top1(texts, same) == pytest.approx(1 / 50)
-
-
-def test_a_zero_vector_finds_nothing_better_than_chance():
-    assert retrieval_top1(np.array([[0.0, 0], [0, 1]]), np.eye(2)) == pytest.approx((0.5 + 1) / 2)
-
-
-def test_retrieval_of_more_queries_than_go_at_once():
-    random = np.random.default_rng(0)
-    vectors = random.normal(size=(1500, 8))
-    queries = vectors.copy()
-    queries[[3, 1400]] *= -1
-    assert retrieval_top1(torch.from_numpy(queries), vectors) == pytest.approx(1498 / 1500)
-
-
-@pytest.mark.parametrize(
-    ("queries", "candidates", "message"),
-    [
-        (np.ones((2, 3)), np.ones((3, 3)), r"queries \(2, 3\) and candidates \(3, 3\) must be matrices of one shape"),
-        (np.ones((2, 3)), np.ones((2, 4)), "matrices of one shape"),
-        (np.ones(3), np.ones(3), "matrices of one shape"),
-        (np.ones((0, 3)), np.ones((0, 3)), "matrices of one shape"),
-        (np.array([[1.0], [math.nan]]), np.ones((2, 1)), "query 1 and 0 more of 2 hold NaN"),
-        (np.ones((2, 1)), np.array([[math.inf], [math.nan]]), "candidate 0 and 1 more of 2 hold NaN or infinite"),
-    ],
-)
-def test_embeddings_that_cannot_be_compared_are_refused(queries, candidates, message):
-    with pytest.raises(ValueError, match=message):
-        retrieval_top1(queries, candidates)

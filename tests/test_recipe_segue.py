@@ -26,7 +26,6 @@ sys.path.append(str(ROOT / "recipes/segue"))  # behind the others: its train.py 
 import evaluate_embeddings
 import store_targets
 from embedding_objective import LossConfig, count_items, loss_terms
-from evaluate_embeddings import retrieval_scores
 from sentence_corpora import (
     DataConfig,
     SentenceSet,
@@ -47,6 +46,7 @@ from speechkd.estimate import load_recipe
 from speechkd.labels.embeddings import cache_lower_states, embed_texts
 from speechkd.labels.filters import FilterConfig
 from speechkd.labels.teacher_cache import LabelStoreError, create_store
+from speechkd.metrics.retrieval import retrieval_scores
 from speechkd.models.speech_embedder import SpeechEmbedder, load_segue
 from speechkd.teachers_text import load_sentence_teacher
 
@@ -264,55 +264,6 @@ def test_a_whisper_computes_its_window_and_others_the_clip(wav2vec2_folder, tmp_
     assert heard_seconds(load_segue(folder, grid_seconds=0.64), durations).tolist() == [0.64, 1.28, 1.92, 30.0]
     assert heard_seconds(load_segue(folder), durations).tolist() == [30.0] * 4
     assert heard_seconds(load_segue(wav2vec2_folder), durations) is durations
-
-
-# retrieval
-
-
-def test_clips_of_one_text_look_for_one_candidate():
-    text = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    speech = np.array([[2.0, 0.1], [0.1, 3.0], [1.0, 0.9]])  # the last is nearer to the first text
-    scores = retrieval_scores(speech, text, ["coffee", "a tone", "a tone"])
-    assert scores["top1"] == pytest.approx(2 / 3) and scores["chance"] == 0.5
-    assert scores["num_clips"] == 3 and scores["num_texts"] == 2
-    cosines = [2 / math.hypot(2, 0.1), 3 / math.hypot(3, 0.1), 0.9 / math.hypot(1, 0.9)]
-    assert scores["positive_cosine"] == pytest.approx(sum(cosines) / 3)
-    assert scores["mse"] == pytest.approx((1 + 0.01 + 0.01 + 4 + 1 + 0.01) / 6)
-
-
-def test_an_encoder_that_says_the_same_of_all_clips_scores_by_chance():
-    generator = np.random.default_rng(0)
-    text = np.repeat(generator.normal(size=(1, 4)), 5, axis=0)
-    scores = retrieval_scores(np.ones((5, 4)), text, list("abcde"))
-    assert scores["top1"] == pytest.approx(0.2) == scores["chance"]
-    assert retrieval_scores(np.ones((2, 4)), text[:2], ["a", "a"])["top1"] == 1.0  # one candidate alone
-    assert retrieval_scores(np.zeros((1, 4)), text[:1], ["a"])["positive_cosine"] == 0.0
-
-
-def test_the_order_of_the_clips_does_not_matter():
-    generator = np.random.default_rng(1)
-    texts = [str(index % 9) for index in range(12)]
-    text = generator.normal(size=(9, 3))[[int(said) for said in texts]]
-    speech = text + generator.normal(size=text.shape)
-    order = generator.permutation(12)
-    scores = retrieval_scores(speech, text, texts)
-    assert 0 < scores["top1"] < 1
-    assert retrieval_scores(speech[order], text[order], [texts[i] for i in order]) == pytest.approx(scores)
-
-
-def test_vectors_that_cannot_be_compared_are_refused():
-    good = np.ones((2, 3))
-    for speech, text, texts in (
-        (good, np.ones((2, 4)), ["a", "b"]),
-        (good, good, ["a"]),
-        (np.ones((0, 3)), np.ones((0, 3)), []),
-    ):
-        with pytest.raises(ValueError, match="must be one each for every clip, of one width"):
-            retrieval_scores(speech, text, texts)
-    broken = good.copy()
-    broken[1, 0] = np.nan
-    with pytest.raises(ValueError, match="the vector of clip 1 and 0 more of 2 hold NaN"):
-        retrieval_scores(broken, good, ["a", "b"])
 
 
 # configurations

@@ -12,7 +12,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from heads import speech_vectors
 from sentence_corpora import spoken_texts, tell_cut, text_vectors
@@ -26,69 +25,15 @@ from speechkd.doctor import hardware_name
 from speechkd.estimate import load_recipe, recipe_config_class
 from speechkd.export.huggingface import read_run
 from speechkd.files import atomic_write, write_json
+from speechkd.metrics.retrieval import retrieval_scores
 from speechkd.models.segue import SegueEncoder
 from speechkd.models.speech_embedder import load_segue
 
 logger = logging.getLogger(__name__)
 
-COSINE_TIE = 1e-6  # cosines of single precision that are nearer than this are equal
 COMMAND = ["python", "recipes/segue/evaluate_embeddings.py", "--config"]
 STUDENT, UNTOUCHED = "SEGUE", "untouched encoder"
 STAGES = {"prepare": "data", "transcribe": "labels", "embed": "run", "train": "run"}
-
-
-def retrieval_scores(speech: np.ndarray, text: np.ndarray, texts: list[str]) -> dict[str, Any]:
-    """How well the vectors of clips find the vectors of what is said in them.
-
-    The candidates are the different texts; clips of one text look for the same one. Where several candidates are
-    equally near, a clip counts as one over their number, if its own is among them.
-
-    Args:
-        speech: vectors of the clips, (clips, dim).
-        text: the teacher's vectors of their texts, same shape.
-        texts: what is said in each clip, (clips,).
-
-    Returns:
-        `top1`, share of clips whose own text is the nearest by cosine; `chance`, one over the candidates;
-        `positive_cosine`, the mean cosine with the own text; `mse`, the mean squared difference; `num_clips`,
-        `num_texts`.
-
-    Raises:
-        ValueError: shapes do not fit, there is no clip, or a value is NaN or infinite.
-    """
-    speech, text = np.asarray(speech, dtype=np.float64), np.asarray(text, dtype=np.float64)
-    if speech.shape != text.shape or speech.ndim != 2 or not len(speech) or len(texts) != len(speech):
-        raise ValueError(
-            f"vectors of speech {speech.shape}, of text {text.shape} and {len(texts)} texts must be one each for every "
-            "clip, of one width; give (clips, dim) twice and as many texts"
-        )
-    for name, vectors in (("clip", speech), ("text", text)):
-        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if len(broken):
-            raise ValueError(
-                f"the vector of {name} {broken[0]} and {len(broken) - 1} more of {len(vectors)} hold NaN or infinite "
-                "values; look at these clips, or encode in float32"
-            )
-    distinct = list(dict.fromkeys(texts))
-    number_of = {said: number for number, said in enumerate(distinct)}
-    own = np.array([number_of[said] for said in texts])
-    candidates = _unit(text[[texts.index(said) for said in distinct]])
-    cosines = _unit(speech) @ candidates.T
-    nearest = cosines >= cosines.max(axis=1, keepdims=True) - COSINE_TIE
-    rows = np.arange(len(texts))
-    return {
-        "top1": float((nearest[rows, own] / nearest.sum(axis=1)).mean()),
-        "chance": 1 / len(distinct),
-        "positive_cosine": float((_unit(speech) * _unit(text)).sum(axis=1).mean()),
-        "mse": float(np.square(speech - text).mean()),
-        "num_clips": len(texts),
-        "num_texts": len(distinct),
-    }
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1)
 
 
 def score_encoder(

@@ -1,4 +1,4 @@
-"""Scores of labels, of sentiment values and of retrieval. All of them are fractions, 0 to 1, unless said otherwise.
+"""Scores of labels and of sentiment values. All of them are fractions, 0 to 1, unless said otherwise.
 
 Labels are all texts or all whole numbers, in lists, arrays or tensors. -1, a class that training did not know (see
 `models.probes.encode_classes`), is a label like any other: never predicted, so always wrong.
@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 Labels = Sequence[str] | Sequence[int] | np.ndarray
-QUERIES_AT_ONCE = 1024  # their cosines with 10,000 candidates take 80 MB
-COSINE_TIE = 1e-9  # equal vectors may differ by some 1e-16, a product of matrices sums in blocks
 
 
 @dataclass(frozen=True)
@@ -201,48 +199,6 @@ def mosei_scores(truth: ArrayLike, predictions: ArrayLike) -> MoseiScores:
         num_items=len(gold),
         num_nonzero=int(nonzero.sum()),
     )
-
-
-def retrieval_top1(queries: ArrayLike, candidates: ArrayLike) -> float:
-    """Share of queries whose own candidate is the nearest by cosine; the own one has the same row.
-
-    Where the own candidate is one of m equally near ones, the query counts 1/m, what choosing among them at random
-    gives in the mean: an encoder that maps everything to one vector scores 1/items, and two clips of one text half
-    each. A zero vector has cosine 0 with all.
-
-    Args:
-        queries: for one speech embeddings, (items, dim).
-        candidates: for one text embeddings, the same shape.
-
-    Raises:
-        ValueError: the shapes differ or are not (items, dim), there is no item, or a value is NaN or infinite.
-    """
-    queries, candidates = np.asarray(queries, dtype=np.float64), np.asarray(candidates, dtype=np.float64)
-    if queries.shape != candidates.shape or queries.ndim != 2 or not len(queries):
-        raise ValueError(
-            f"queries {queries.shape} and candidates {candidates.shape} must be matrices of one shape, (items, dim), "
-            "with the candidate of each query in its row"
-        )
-    for name, vectors in (("query", queries), ("candidate", candidates)):
-        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if len(broken):
-            raise ValueError(
-                f"{name} {broken[0]} and {len(broken) - 1} more of {len(vectors)} hold NaN or infinite values; look at "
-                "the clips or texts that they come from"
-            )
-    queries, candidates = _unit_rows(queries), _unit_rows(candidates)
-    credit = 0.0
-    for start in range(0, len(queries), QUERIES_AT_ONCE):
-        cosines = queries[start : start + QUERIES_AT_ONCE] @ candidates.T
-        rows = np.arange(len(cosines))
-        nearest = cosines >= cosines.max(axis=1, keepdims=True) - COSINE_TIE
-        credit += float((nearest[rows, start + rows] / nearest.sum(axis=1)).sum())
-    return credit / len(queries)
-
-
-def _unit_rows(vectors: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1)
 
 
 def _paired(truth: Labels, predictions: Labels) -> tuple[list[Any], list[Any]]:
