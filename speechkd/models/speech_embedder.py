@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchaudio.functional import resample
-from transformers import AutoFeatureExtractor, AutoModel
 
 from speechkd.data.features import SAMPLE_RATE_HZ
 from speechkd.models.segue import POOLING_FILE, PROJECTION_FILE, SegueEncoder
+from speechkd.models.speech_encoders import load_encoder
 from speechkd.teachers import resolve_model
 
 
@@ -41,32 +41,17 @@ def load_segue(
     Raises:
         ValueError: it cannot be found or loaded, lacks weights, or an argument does not fit it.
     """
-    resolved, at = resolve_model(name), revision or "main"
+    resolved = resolve_model(name)
     note = _read_note(resolved)
-    try:
-        loaded: Any = AutoModel.from_pretrained(resolved, revision=at, dtype=torch.float32, output_loading_info=True)
-        extractor = AutoFeatureExtractor.from_pretrained(resolved, revision=at)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"speech encoder {name!r} cannot be loaded: {error}; give a folder or a Hub id") from error
-    model, info = loaded
-    is_whisper = model.config.model_type == "whisper"
-    # checkpoints with a head often lack the vector that SpecAugment writes; of a Whisper only the encoder is taken
-    missing = sorted(
-        key for key in info["missing_keys"] if key != "masked_spec_embed" and not key.startswith("decoder.")
-    )
-    if missing:
-        raise ValueError(
-            f"speech encoder {name!r} has no weights for {len(missing)} parameters, first {', '.join(missing[:3])}; "
-            "save it again with save_pretrained"
-        )
-    encoder = model.encoder if is_whisper else model
+    loaded, normalize_input = load_encoder(name, revision=revision)
+    encoder: Any = loaded
     if num_layers is not None:
-        _keep_first_layers(encoder if is_whisper else getattr(encoder, "encoder", encoder), num_layers)
+        _keep_first_layers(getattr(encoder, "encoder", encoder), num_layers)
     student = SegueEncoder(
         encoder,
         embedding_dim=embedding_dim if embedding_dim is not None else note.get("embedding_dim"),
         num_frozen_layers=num_frozen_layers,
-        normalize_input=note.get("normalize_input", getattr(extractor, "do_normalize", True)),
+        normalize_input=note.get("normalize_input", normalize_input),
         grid_seconds=grid_seconds if grid_seconds is not None else note.get("grid_seconds"),
     )
     projection = Path(resolved) / PROJECTION_FILE

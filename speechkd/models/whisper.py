@@ -24,20 +24,31 @@ from speechkd.models.greedy import greedy_tokens
 
 
 def shorten_window(model: WhisperForConditionalGeneration, window_seconds: int) -> None:
-    """Let a model hear shorter clips than 30 s, in place: its encoder loses the positions after them.
+    """Let a model hear shorter clips than 30 s, in place: `shorten_encoder` of its encoder.
 
-    What it says of clips that fit changes a little, as it was trained with silence up to 30 s; the work of the encoder
-    falls faster than the window, because attention is quadratic in it. Stock `WhisperForConditionalGeneration` runs it,
-    with features of a `WhisperFeatureExtractor(chunk_length=window_seconds)`.
+    What it says of clips that fit changes a little, as it was trained with silence up to 30 s. Stock transformers runs
+    it, with features of a `WhisperFeatureExtractor(chunk_length=window_seconds)`.
+
+    Raises:
+        ValueError: see there.
+    """
+    shorten_encoder(model.model.encoder, window_seconds)
+    model.config.max_source_positions = model.model.encoder.max_source_positions
+
+
+def shorten_encoder(encoder: Any, window_seconds: int) -> None:
+    """Take the positions after a window from a Whisper's encoder, in place.
+
+    Its work falls faster than the window, because attention is quadratic in it.
 
     Args:
-        model: teacher or student.
+        encoder: of teacher or student.
         window_seconds: new window, 1 to the present one.
 
     Raises:
         ValueError: the window is not shorter than the present one, or below 1 s.
     """
-    embedding = model.model.encoder.embed_positions
+    embedding = encoder.embed_positions
     present_seconds = embedding.num_embeddings * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
     if not 1 <= window_seconds <= present_seconds:
         raise ValueError(
@@ -49,7 +60,7 @@ def shorten_window(model: WhisperForConditionalGeneration, window_seconds: int) 
         embedding.weight[:num_positions].detach().clone(), requires_grad=embedding.weight.requires_grad
     )
     embedding.num_embeddings = num_positions
-    model.config.max_source_positions = model.model.encoder.max_source_positions = num_positions
+    encoder.config.max_source_positions = encoder.max_source_positions = num_positions
 
 
 def choose_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]:
