@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, TrainingArguments
 
 
 @dataclass(kw_only=True)
@@ -65,3 +65,22 @@ class DistillationArguments(TrainingArguments):
                 "trainer.early_stopping_patience needs load_best_model_at_end=true and an eval_strategy, so that the "
                 "best student is kept"
             )
+
+    def follow_data(self, num_workers: int, dev_manifest: str | None) -> None:
+        """Take over what a recipe's `data` section says, which a `trainer` section must not contradict.
+
+        Args:
+            num_workers: processes that prepare batches.
+            dev_manifest: what `eval_strategy` evaluates on; None for nothing.
+
+        Raises:
+            ValueError: `dataloader_num_workers` is another number, or there is nothing to evaluate on.
+        """
+        if self.dataloader_num_workers not in (0, num_workers):
+            raise ValueError(
+                f"trainer.dataloader_num_workers={self.dataloader_num_workers} is not data.num_workers={num_workers}; "
+                "set data.num_workers alone"
+            )
+        self.dataloader_num_workers = num_workers
+        if self.eval_strategy != "no" and dev_manifest is None:
+            raise ValueError(f"trainer.eval_strategy={IntervalStrategy(self.eval_strategy).value} needs data.dev_manifest")

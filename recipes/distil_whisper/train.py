@@ -73,14 +73,7 @@ class DistilWhisperConfig:
             )
         check_stored_outputs(self.teacher, self.loss, self.data, self.decoding, self.filters)
         check_data(self.data, self.decoding, self.filters, cached_states)
-        if self.trainer.dataloader_num_workers not in (0, self.data.num_workers):
-            raise ValueError(
-                f"trainer.dataloader_num_workers={self.trainer.dataloader_num_workers} is not data.num_workers="
-                f"{self.data.num_workers}; set data.num_workers alone"
-            )
-        self.trainer.dataloader_num_workers = self.data.num_workers
-        if self.trainer.eval_strategy != "no" and self.data.dev_manifest is None:
-            raise ValueError(f"trainer.eval_strategy={self.trainer.eval_strategy.value} needs data.dev_manifest")
+        self.trainer.follow_data(self.data.num_workers, self.data.dev_manifest)
 
 
 def describe_run(

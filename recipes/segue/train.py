@@ -108,14 +108,7 @@ class SegueConfig:
     trainer: DistillationArguments
 
     def __post_init__(self) -> None:
-        if self.trainer.dataloader_num_workers not in (0, self.data.num_workers):
-            raise ValueError(
-                f"trainer.dataloader_num_workers={self.trainer.dataloader_num_workers} is not data.num_workers="
-                f"{self.data.num_workers}; set data.num_workers alone"
-            )
-        self.trainer.dataloader_num_workers = self.data.num_workers
-        if self.trainer.eval_strategy != "no" and self.data.dev_manifest is None:
-            raise ValueError(f"trainer.eval_strategy={self.trainer.eval_strategy.value} needs data.dev_manifest")
+        self.trainer.follow_data(self.data.num_workers, self.data.dev_manifest)
 
 
 def load_teacher(config: SegueConfig) -> SentenceTeacher:

@@ -87,14 +87,7 @@ class ExpertsConfig:
         for name in UNUSED_DATA_SETTINGS:
             if value := getattr(self.data, name):
                 raise ValueError(f"data.{name}={value} is not for this recipe; leave it out")
-        if self.trainer.dataloader_num_workers not in (0, self.data.num_workers):
-            raise ValueError(
-                f"trainer.dataloader_num_workers={self.trainer.dataloader_num_workers} is not data.num_workers="
-                f"{self.data.num_workers}; set data.num_workers alone"
-            )
-        self.trainer.dataloader_num_workers = self.data.num_workers
-        if self.trainer.eval_strategy != "no" and self.data.dev_manifest is None:
-            raise ValueError(f"trainer.eval_strategy={self.trainer.eval_strategy.value} needs data.dev_manifest")
+        self.trainer.follow_data(self.data.num_workers, self.data.dev_manifest)
 
 
 class GateNoise(TrainerCallback):
