@@ -4,7 +4,6 @@ Tan et al. 2023, https://arxiv.org/abs/2305.12301. Any wav2vec 2.0, HuBERT, WavL
 learns the embeddings of a frozen `speechkd.teachers_text.SentenceTeacher`, live or from the label store.
 """
 
-import copy
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor, WhisperModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from speechkd.data.features import (
@@ -28,11 +27,12 @@ from speechkd.data.features import (
 from speechkd.files import atomic_write, write_json
 from speechkd.losses.embedding import info_nce
 from speechkd.losses.hidden import hidden_cosine, hidden_mse
+from speechkd.models.encoder_inputs import WAVEFORM_ENCODERS
+from speechkd.models.speech_encoders import save_encoder
 from speechkd.teachers import teacher_identity
 from speechkd.teachers_text import masked_mean
 
 Objective = Literal["mse", "cosine", "info_nce"]
-WAVEFORM_ENCODERS = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 WHISPER_FRAME_SAMPLES = 2 * HOP_LENGTH_SAMPLES  # the second convolution halves the rate
 POOLING_FILE, PROJECTION_FILE = "pooling.json", "projection.safetensors"
 HOW = (
@@ -245,14 +245,7 @@ class SegueEncoder(PreTrainedModel):
             teacher: identity of the teacher, for the note.
         """
         folder = Path(folder)
-        model: Any = self.encoder
-        extractor: Any = Wav2Vec2FeatureExtractor(do_normalize=self.normalize_input)
-        if self.is_whisper:
-            model = WhisperModel(_without_decoder(self.config))
-            model.encoder = self.encoder
-            extractor = WhisperFeatureExtractor(feature_size=self.config.num_mel_bins)
-        model.save_pretrained(folder)
-        extractor.save_pretrained(folder)
+        save_encoder(self.encoder, folder, normalize_input=self.normalize_input)
         if self.projection is not None:
             with atomic_write(folder / PROJECTION_FILE) as temporary:
                 weights = {key: weight.detach().cpu() for key, weight in self.projection.state_dict().items()}
@@ -403,15 +396,6 @@ def _check_kind(config: Any, grid_seconds: float | None) -> None:
     num_frames = grid_seconds * SAMPLE_RATE_HZ / WHISPER_FRAME_SAMPLES
     if not 0 < grid_seconds <= WINDOW_SAMPLES / SAMPLE_RATE_HZ or not math.isclose(num_frames, round(num_frames)):
         raise ValueError(f"grid_seconds must be a multiple of 0.02 up to 30, got {grid_seconds}; 1.0 is a good choice")
-
-
-def _without_decoder(config: Any) -> Any:
-    """Configuration of a Whisper whose decoder takes no room."""
-    config = copy.deepcopy(config)
-    config.decoder_layers, config.vocab_size, config.max_target_positions = 0, 1, 1
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = config.decoder_start_token_id = 0
-    config.suppress_tokens = config.begin_suppress_tokens = None
-    return config
 
 
 def _states_of(output: Any) -> Tensor:

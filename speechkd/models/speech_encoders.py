@@ -1,12 +1,25 @@
-"""Loading speech encoders, with or without the rest of the model that they come from."""
+"""Loading speech encoders out of the models that they come from, and saving them as stock transformers loads them."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoFeatureExtractor, AutoModel, PreTrainedModel
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModel,
+    PreTrainedModel,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 
+from speechkd.data.features import SAMPLE_RATE_HZ, SAMPLES_PER_POSITION
 from speechkd.models.whisper import shorten_encoder
 from speechkd.teachers import resolve_model
+
+FBANK_MELS = 80  # of w2v-BERT, which hears several frames side by side
 
 
 def load_encoder(
@@ -57,3 +70,36 @@ def load_encoder(
             )
         shorten_encoder(encoder, window_seconds)
     return encoder.eval(), bool(getattr(extractor, "do_normalize", False))
+
+
+def save_encoder(encoder: PreTrainedModel, folder: str | Path, *, normalize_input: bool) -> None:
+    """Save what stock transformers loads: `AutoModel` gives the encoder, `AutoFeatureExtractor` makes its input.
+
+    Of a Whisper it is a WhisperModel whose decoder has no layers and one token; the encoder is its `encoder`.
+
+    Args:
+        encoder: as `load_encoder` gives it, trained or not.
+        folder: created where it is missing.
+        normalize_input: see `load_encoder`.
+    """
+    config: Any = encoder.config
+    model: Any = encoder
+    extractor: Any = Wav2Vec2FeatureExtractor(do_normalize=normalize_input)
+    if config.model_type == "whisper":
+        model = WhisperModel(_without_decoder(config))
+        model.encoder = encoder
+        seconds = config.max_source_positions * SAMPLES_PER_POSITION // SAMPLE_RATE_HZ
+        extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+    elif config.model_type == "wav2vec2-bert":
+        extractor = SeamlessM4TFeatureExtractor(stride=config.feature_projection_input_dim // FBANK_MELS)
+    model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+
+
+def _without_decoder(config: Any) -> Any:
+    """Configuration of a Whisper whose decoder takes no room."""
+    config = copy.deepcopy(config)
+    config.decoder_layers, config.vocab_size, config.max_target_positions = 0, 1, 1
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = config.decoder_start_token_id = 0
+    config.suppress_tokens = config.begin_suppress_tokens = None
+    return config
