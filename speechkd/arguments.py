@@ -83,4 +83,5 @@ class DistillationArguments(TrainingArguments):
             )
         self.dataloader_num_workers = num_workers
         if self.eval_strategy != "no" and dev_manifest is None:
-            raise ValueError(f"trainer.eval_strategy={IntervalStrategy(self.eval_strategy).value} needs data.dev_manifest")
+            strategy = IntervalStrategy(self.eval_strategy).value
+            raise ValueError(f"trainer.eval_strategy={strategy} needs data.dev_manifest")
