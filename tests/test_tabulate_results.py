@@ -122,3 +122,21 @@ def test_depths_are_drawn(tmp_path):
     plot([*runs, "--output", str(tmp_path / "new/depths.png")])
     pixels = matplotlib.image.imread(tmp_path / "new/depths.png")
     assert pixels.shape[1] == 1200 and pixels[..., :3].std() > 0.02
+
+
+def test_several_assistants_are_a_row_each_if_they_were_measured_alike(tmp_path, capsys):
+    shared = {"models": [], "manifest": "test.jsonl", "num_clips": 48, "device": "a CPU", "date": "2026-11-25"}
+    paths = []
+    for name, rate in (("before", 0.8), ("after", 0.85)):
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({**shared, "speculative": {"assistant": name, "acceptance_rate": rate}}))
+    main(list(map(str, paths)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:4] == ["| before | 0.8 |", "| after | 0.85 |"]
+    assert lines[-1] == "manifest test.jsonl, num clips 48, device a CPU, date 2026-11-25."
+    paths[1].write_text(json.dumps({**shared, "num_clips": 12, "speculative": {"assistant": "after"}}))
+    with pytest.raises(SystemExit, match="other clips"):
+        main(list(map(str, paths)))
+    paths[1].write_text(json.dumps(shared))
+    with pytest.raises(SystemExit, match="bench --assistant"):
+        main(list(map(str, paths)))

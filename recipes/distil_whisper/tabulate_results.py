@@ -3,7 +3,8 @@
 Launch: python recipes/distil_whisper/tabulate_results.py exp/distil_whisper/fsdd-seed* [--readme FILE --marker NAME]
 With --readme the table replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` there. --group-by layers has
 one row for each depth of the students, --group-by name one for each folder name without its -seedN. One JSON file in
-place of the folders, such as the output of `speechkd bench --json`, is written out as it is.
+place of the folders, such as the output of `speechkd bench --json`, is written out as it is; several such outputs with
+an --assistant become a row each, of what their assistants are worth.
 """
 
 import argparse
@@ -183,6 +184,21 @@ def format_measurements(content: dict[str, Any] | list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def format_assistants(benches: list[dict[str, Any]]) -> str:
+    """Markdown table of the `speculative` part of several benches, one row an assistant.
+
+    Raises:
+        SystemExit: a bench had no assistant, or other clips than the first.
+    """
+    shared = ("manifest", "num_clips", "device", "date")
+    if any("speculative" not in bench for bench in benches):
+        raise SystemExit("error: several JSON files make a table if all are of `speechkd bench --assistant`")
+    if any(bench[key] != benches[0][key] for bench in benches for key in ("manifest", "num_clips")):
+        raise SystemExit("error: the assistants were measured on other clips than the first; give them the same")
+    notes = {key: benches[0][key] for key in shared if key in benches[0]}
+    return f"{format_measurements([bench['speculative'] for bench in benches])}\n\n{_sentence(notes)}"
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
@@ -207,11 +223,12 @@ def read_results(run_dirs: list[Path]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Tables out of results.json files and other measurements.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or one JSON file of measurements")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files of measurements")
     parser.add_argument("--group-by", choices=("layers", "name"), help="one row for each group of runs")
     arguments = parse_table_arguments(parser, argv)
-    if len(arguments.runs) == 1 and arguments.runs[0].is_file():
-        table = format_measurements(json.loads(arguments.runs[0].read_text(encoding="utf-8")))
+    if all(run.is_file() for run in arguments.runs):
+        contents = [json.loads(run.read_text(encoding="utf-8")) for run in arguments.runs]
+        table = format_measurements(contents[0]) if len(contents) == 1 else format_assistants(contents)
     else:
         results = read_results(arguments.runs)
         if arguments.group_by:
