@@ -13,6 +13,7 @@ from speechkd.data.audio import AudioError
 from speechkd.data.manifest import write_manifest
 from speechkd.labels.pseudo_label import DecodingConfig, label_manifest
 from speechkd.labels.teacher_cache import LabelStoreError, create_store
+from speechkd.models.whisper import shorten_window
 from speechkd.teachers import load_processor, load_whisper
 
 DECODING = DecodingConfig(batch_size=2, max_new_tokens=6)
@@ -123,6 +124,28 @@ def test_too_many_bad_clips_fail_the_run_but_keep_the_good_labels(tiny_teacher, 
     )
     assert len(list(store.rows())) == 5
     assert json.loads((tmp_path / "labels/skipped.jsonl").read_text())["id"] == "tone-3"
+
+
+def test_clips_beyond_a_shortened_window_are_set_aside_by_name(tiny_teacher, tmp_path):
+    model = load_whisper(tiny_teacher)
+    shorten_window(model, 2)
+    model.save_pretrained(tmp_path / "short")
+    load_processor(tiny_teacher).save_pretrained(tmp_path / "short")
+    rows = []
+    for name, seconds in (("long", 2.5), ("fits", 2.0)):
+        write_tone(tmp_path / f"{name}.wav", seconds)
+        rows.append({"id": name, "audio": f"{name}.wav", "duration_seconds": seconds, "sample_rate_hz": 16_000})
+    write_manifest(tmp_path / "clips.jsonl", rows)
+    store = label_manifest(
+        str(tmp_path / "short"),
+        tmp_path / "clips.jsonl",
+        tmp_path / "labels",
+        decoding=DECODING,
+        max_skipped_fraction=0.5,
+    )
+    assert [row["id"] for row in store.rows()] == ["fits"]
+    skipped = json.loads((tmp_path / "labels/skipped.jsonl").read_text())
+    assert skipped["id"] == "long" and "longer than the 2 s that the model takes" in skipped["reason"]
 
 
 def test_batches_do_not_change_labels(tiny_teacher, tone_manifest, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import WhisperForConditionalGeneration
 
-from speechkd.data.features import WhisperLogMel
+from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
 from speechkd.data.loader import ClipBatch
 from speechkd.labels.decoder_state_labels import decoder_states_key, decoder_states_of_labels
 from speechkd.labels.decoding import DecodingConfig, decoding_tokens
@@ -42,6 +42,11 @@ class Labeller:
         self.log_mel = WhisperLogMel.for_model(model.config).to(model.device)
         self.num_clips = decoding.clips_per_batch(model.device)
         self._is_warm = False
+
+    @property
+    def window_seconds(self) -> float:
+        """The longest clip that the teacher hears whole: 30 s, but for one whose window was shortened."""
+        return self.log_mel.max_samples / SAMPLE_RATE_HZ
 
     def label(
         self, batch: ClipBatch, targets: Collection[str] = ("text",)

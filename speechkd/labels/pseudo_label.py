@@ -189,6 +189,7 @@ def _label(
         pending,
         sample_rate_hz=SAMPLE_RATE_HZ,
         batch_size=labeller.num_clips,
+        max_seconds=labeller.window_seconds,
         num_workers=labeller.decoding.num_workers,
         device=labeller.model.device,
     )

@@ -169,6 +169,7 @@ class _Actor:
             range(len(utterances)),
             sample_rate_hz=SAMPLE_RATE_HZ,
             batch_size=self.labeller.num_clips,
+            max_seconds=self.labeller.window_seconds,
             num_workers=self.labeller.decoding.num_workers,
             device=self.model.device,
         ):
