@@ -1,0 +1,359 @@
+"""All layers of a frozen encoder on the clips of a manifest: computed once, kept on disk, memory-mapped when read.
+
+A folder of features has one label store for each encoder, kind and manifest: see `features_folder`. A store holds one
+array a clip, (layers, frames, width), float16, with the frames of the clip alone, never of padding. The first layer is
+what the first block hears. Of tasks whose head is linear up to the mean over frames, only that mean needs to be kept:
+(layers, 1, width).
+"""
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from speechkd.data.features import KALDI_FRAME_SAMPLES, SAMPLE_RATE_HZ, SAMPLES_PER_POSITION, KaldiFbank
+from speechkd.data.loader import ClipBatch, clip_batches, skipped_row
+from speechkd.data.manifest import Manifest
+from speechkd.files import folder_lock
+from speechkd.labels.pseudo_label import ShardWriter, pending_positions
+from speechkd.labels.teacher_cache import LabelStore, create_store
+from speechkd.models.distilhubert import compact_encoder
+from speechkd.models.encoder_inputs import EncoderInputs, encoder_layers
+from speechkd.models.speech_encoders import load_encoder
+from speechkd.models.whisper import shorten_encoder
+from speechkd.preemption import Preempted, sigterm_requests
+from speechkd.teachers import freeze, teacher_identity
+
+LOG_MEL = "log-mel"  # the name under which filter banks take the place of an encoder
+LOG_MEL_MELS = 80
+LOG_MEL_CENTRE, LOG_MEL_SCALE = -6.0, 4.0  # of speech in [-1, 1]; a head's steps suit values around 1
+MAX_CLIP_SECONDS = 3600.0  # of encoders without a window
+SHARD_BYTES = 512 * 2**20  # that wait in memory for their shard
+
+
+@dataclass(frozen=True)
+class FrameEncoder:
+    """A frozen encoder, or features without one, as probing uses it.
+
+    Args:
+        identity: as of `teacher_identity`.
+        num_layers: states of a frame; blocks and what the first one hears.
+        width: of a state.
+        frames_per_second: to foresee the disk space.
+        min_samples: the shortest clip that has a frame.
+        max_seconds: the longest clip.
+        pads: whether clips of different lengths may stand in one batch.
+        encode: from 16 kHz waveforms (batch, samples) and lengths (batch,) to states (batch, layers, frames, width)
+            and frames of each clip (batch,).
+    """
+
+    identity: dict[str, Any]
+    num_layers: int
+    width: int
+    frames_per_second: float
+    min_samples: int
+    max_seconds: float
+    pads: bool
+    encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class FrameStates:
+    """States of clips by their ids, as batches for a head.
+
+    Args:
+        arrays: id to states (layers, frames, width), such as `stored_states`.
+
+    Raises:
+        ValueError: there is no clip.
+    """
+
+    def __init__(self, arrays: Mapping[str, Tensor]) -> None:
+        if not arrays:
+            raise ValueError("there are no states to probe; look at skipped.jsonl in the folder of features")
+        self.arrays = arrays
+        self.num_layers, _, self.width = arrays[next(iter(arrays))].shape
+
+    def __contains__(self, utterance_id: str) -> bool:
+        return utterance_id in self.arrays
+
+    def batch(self, ids: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """States padded with zeros, (batch, layers, frames, width), and the mask of real frames, (batch, frames)."""
+        clips = [self.arrays[key].transpose(0, 1) for key in ids]
+        padded = pad_sequence(clips, batch_first=True).transpose(1, 2)
+        lengths = torch.tensor([len(clip) for clip in clips])
+        return padded, torch.arange(padded.shape[2]) < lengths[:, None]
+
+    def means(self, ids: Iterable[str]) -> "FrameStates":
+        """Means over the frames of these clips, in memory."""
+        return FrameStates({key: self.arrays[key].float().mean(dim=1, keepdim=True) for key in ids})
+
+
+class _StoredArrays(Mapping[str, Tensor]):
+    def __init__(self, stores: Sequence[LabelStore]) -> None:
+        self.stores = {row["id"]: store for store in stores for row in store.rows()}
+
+    def __getitem__(self, utterance_id: str) -> Tensor:
+        return self.stores[utterance_id].array(utterance_id)
+
+    def __contains__(self, utterance_id: object) -> bool:
+        return utterance_id in self.stores
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stores)
+
+    def __len__(self) -> int:
+        return len(self.stores)
+
+
+def stored_states(stores: Sequence[LabelStore]) -> FrameStates:
+    """The states of several stores of one encoder, memory-mapped.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return FrameStates(_StoredArrays(stores))
+
+
+def load_frame_encoder(
+    name: str,
+    *,
+    fresh_seed: int | None = None,
+    window_seconds: int | None = None,
+    device: torch.device | str = "cpu",
+) -> FrameEncoder:
+    """An encoder for probing, or Kaldi's filter banks under the name "log-mel".
+
+    Filter banks are not normalised over a clip: the mean over frames, which most heads read, would be zero.
+
+    Args:
+        name: as of `load_encoder`, or "log-mel".
+        fresh_seed: take new weights in the same configuration, as `compact_encoder` makes them; None keeps them.
+        window_seconds: of a Whisper, to which clips are padded, if its own is not shorter; None keeps its own.
+        device: where it runs.
+
+    Raises:
+        ValueError: see `load_encoder`, or new weights of log-mel are asked for.
+    """
+    if name == LOG_MEL:
+        if fresh_seed is not None:
+            raise ValueError(f"{LOG_MEL} has no weights to draw anew; give the name of an encoder, or no seed")
+        return _log_mel(device)
+    # a checkpoint without the vector that SpecAugment writes gets a random one: it must not change the identity
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(fresh_seed or 0)
+        encoder, normalize_input = load_encoder(name)
+        if window_seconds is not None and encoder.config.model_type == "whisper":
+            own_seconds = encoder.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
+            if window_seconds < own_seconds:
+                shorten_encoder(encoder, window_seconds)
+        if fresh_seed is not None:
+            encoder = compact_encoder(encoder, len(encoder_layers(encoder)), init="random")
+            name = f"{name} with fresh weights, seed {fresh_seed}"
+    return _frame_encoder(name, encoder, normalize_input, device)
+
+
+def features_folder(features_dir: str | Path, encoder: FrameEncoder, manifest: Manifest, *, mean: bool) -> Path:
+    """Where the states of a manifest are kept: a folder for its encoder and kind, in it one for the manifest's file."""
+    kind = "mean" if mean else "frames"
+    window = f"{encoder.max_seconds:g}s" if encoder.max_seconds < MAX_CLIP_SECONDS else "whole"
+    path = Path(manifest.path)
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    identity = f"{encoder.identity['weights_sha256'][:16]}-{encoder.num_layers}layers-float16-{window}-{kind}"
+    return Path(features_dir) / identity / f"{path.stem}-{place}"
+
+
+def store_states(
+    encoder: FrameEncoder,
+    manifest: Manifest,
+    features_dir: str | Path,
+    *,
+    mean: bool = False,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    max_skipped_fraction: float = 0.01,
+    device: torch.device | str = "cpu",
+) -> LabelStore:
+    """Compute the states that are not on disk yet; what a killed run has finished is kept.
+
+    Clips that cannot be decoded, are too short for a frame or too long for the window are named in `skipped.jsonl`.
+
+    Args:
+        encoder: of `load_frame_encoder`.
+        manifest: the clips.
+        features_dir: see `features_folder`.
+        mean: keep the mean over frames alone.
+        batch_size: clips encoded together. Of encoders that would hear the padding these are clips of one length.
+        num_workers: processes that decode audio.
+        max_skipped_fraction: share of clips that may be skipped, 0 to 1.
+        device: where the encoder is.
+
+    Returns:
+        The store; rows hold `id, duration_seconds, num_frames`.
+
+    Raises:
+        ValueError: the disk is too small, or states are beyond float16 or not finite.
+        AudioError: too many clips were skipped.
+        Preempted: SIGTERM came; the batches before it are stored.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    folder = features_folder(features_dir, encoder, manifest, mean=mean)
+    header = {
+        "teacher": encoder.identity,
+        "targets": ["hidden_states"],
+        "hidden_states": {
+            "layers": encoder.num_layers,
+            "width": encoder.width,
+            "dtype": "float16",
+            "mean": mean,
+            "max_seconds": encoder.max_seconds,
+        },
+    }
+    with folder_lock(folder):
+        store = create_store(folder, header)
+        pending = pending_positions(manifest, store)
+        if not pending:
+            return store
+        _check_disk(encoder, manifest, pending, folder, mean)
+        batches = clip_batches(
+            manifest,
+            pending,
+            sample_rate_hz=SAMPLE_RATE_HZ,
+            batch_size=1,  # so that nothing is padded and lengths are known
+            max_seconds=encoder.max_seconds,
+            num_workers=num_workers,
+        )
+        with sigterm_requests() as termination, ShardWriter(store, manifest, pending, max_skipped_fraction) as writer:
+            for clips, skipped in _groups(batches, encoder, batch_size):
+                rows, arrays = _states_of(encoder, clips, mean, device) if clips else ([], {})
+                waiting = sum(array.nbytes for array in (*writer.arrays.values(), *arrays.values()))
+                writer.add(rows, arrays, skipped, write_now=termination.received or waiting > SHARD_BYTES)
+                if termination.received:
+                    raise Preempted(f"stopped by SIGTERM; finished states are in {folder}, the same command resumes")
+    return LabelStore(folder)
+
+
+Clip = tuple[dict[str, Any], Tensor]
+
+
+def _groups(
+    batches: Iterable[ClipBatch], encoder: FrameEncoder, batch_size: int
+) -> Iterator[tuple[list[Clip], list[dict[str, Any]]]]:
+    """Clips to encode together, and rows of those to skip."""
+    group: list[Clip] = []
+    skipped: list[dict[str, Any]] = []
+    for batch in batches:
+        skipped += batch.skipped
+        for utterance, waveform in zip(batch.utterances, batch.waveforms, strict=True):
+            if len(waveform) < encoder.min_samples:
+                reason = (
+                    f"utterance {utterance['id']!r}: {len(waveform)} samples at 16 kHz are no frame, which takes "
+                    f"{encoder.min_samples}; leave it out of the manifest"
+                )
+                skipped.append(skipped_row(utterance, reason))
+                continue
+            if len(group) == batch_size or (group and not encoder.pads and len(waveform) != len(group[0][1])):
+                yield group, skipped
+                group, skipped = [], []
+            group.append((utterance, waveform))
+    if group or skipped:
+        yield group, skipped
+
+
+@torch.no_grad()
+def _states_of(
+    encoder: FrameEncoder, clips: list[Clip], mean: bool, device: torch.device | str
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    waveforms = pad_sequence([waveform for _, waveform in clips], batch_first=True)
+    num_samples = torch.tensor([len(waveform) for _, waveform in clips])
+    states, num_frames = encoder.encode(waveforms.to(device), num_samples)
+    rows, arrays = [], {}
+    for (utterance, _), clip_states, frames in zip(clips, states, num_frames.tolist(), strict=True):
+        real = clip_states[:, :frames].float()
+        stored = (real.mean(dim=1, keepdim=True) if mean else real).half().cpu()
+        if not stored.isfinite().all():
+            raise ValueError(
+                f"states of utterance {utterance['id']!r} reach {real.abs().max().item():g} in "
+                f"{encoder.identity['name']}, and float16, in which they are kept, ends at "
+                f"{torch.finfo(torch.float16).max:g}; look at its weights, or take an encoder with smaller states"
+            )
+        arrays[utterance["id"]] = stored
+        rows.append(
+            {"id": utterance["id"], "duration_seconds": utterance["duration_seconds"], "num_frames": int(frames)}
+        )
+    return rows, arrays
+
+
+def _check_disk(encoder: FrameEncoder, manifest: Manifest, pending: list[int], folder: Path, mean: bool) -> None:
+    seconds = manifest.durations_seconds[pending]
+    num_frames = len(pending) if mean else float((seconds * encoder.frames_per_second + 1).sum())
+    needed, free = 2 * num_frames * encoder.num_layers * encoder.width, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"states of {len(pending)} clips, {seconds.sum() / 3600:.1f} h, need {needed / 1e9:.1f} GB in {folder}, "
+            f"where {free / 1e9:.1f} GB are free; choose a larger disk with --features-dir, or a smaller manifest"
+        )
+
+
+def _frame_encoder(
+    name: str, encoder: PreTrainedModel, normalize_input: bool, device: torch.device | str
+) -> FrameEncoder:
+    config: Any = encoder.config
+    is_whisper = config.model_type == "whisper"
+    identity = teacher_identity(name, encoder)
+    model: Any = freeze(encoder)
+    model.to(device)
+    inputs = EncoderInputs(encoder, normalize_input=normalize_input).to(device)
+
+    def encode(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        output = model(**inputs(waveforms, num_samples), output_hidden_states=True)
+        # the last after the norm that some encoders end with
+        states = torch.stack([*output.hidden_states[:-1], output.last_hidden_state], dim=1)
+        return states, inputs.num_frames(num_samples)
+
+    # w2v-BERT and wav2vec 2.0 make a frame of 20 ms as Whisper does
+    return FrameEncoder(
+        identity=identity,
+        num_layers=len(encoder_layers(encoder)) + 1,
+        width=config.hidden_size,
+        frames_per_second=SAMPLE_RATE_HZ / SAMPLES_PER_POSITION,
+        min_samples=inputs.receptive_field_samples,
+        max_seconds=config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
+        if is_whisper
+        else MAX_CLIP_SECONDS,
+        pads=getattr(config, "feat_extract_norm", "layer") != "group",
+        encode=encode,
+    )
+
+
+def _log_mel(device: torch.device | str) -> FrameEncoder:
+    features = KaldiFbank(LOG_MEL_MELS).to(device)
+
+    def encode(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        banks, num_frames = features(waveforms, num_samples)
+        return ((banks - LOG_MEL_CENTRE) / LOG_MEL_SCALE)[:, None], num_frames
+
+    settings = f"{LOG_MEL} {LOG_MEL_MELS} {LOG_MEL_CENTRE} {LOG_MEL_SCALE}"
+    return FrameEncoder(
+        identity={"name": LOG_MEL, "revision": None, "weights_sha256": hashlib.sha256(settings.encode()).hexdigest()},
+        num_layers=1,
+        width=LOG_MEL_MELS,
+        frames_per_second=100.0,
+        min_samples=KALDI_FRAME_SAMPLES,
+        max_seconds=MAX_CLIP_SECONDS,
+        pads=True,
+        encode=encode,
+    )
+
+
+def fitting_window_seconds(manifests: Sequence[Manifest]) -> int:
+    """The shortest window, in whole seconds, that holds all clips."""
+    return math.ceil(max(float(manifest.durations_seconds.max()) for manifest in manifests))

@@ -1,0 +1,195 @@
+"""States of frozen encoders on disk: what is stored, what a kill leaves, what is skipped, and the disk it takes."""
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from conftest import write_tone
+from transformers import HubertConfig, HubertModel, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from speechkd import features_store
+from speechkd.data.audio import AudioError, load_audio
+from speechkd.data.features import KaldiFbank
+from speechkd.data.manifest import read_manifest, write_manifest
+from speechkd.features_store import (
+    FrameStates,
+    features_folder,
+    fitting_window_seconds,
+    load_frame_encoder,
+    store_states,
+    stored_states,
+)
+from speechkd.labels.teacher_cache import LabelStore
+from speechkd.models.speech_encoders import save_encoder
+
+SECONDS = (1.0, 0.5, 0.5, 0.31)
+
+
+def save_hubert(folder, **changes):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    convolutions = {"conv_dim": [16] * 7, "num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 16}
+    encoder = HubertModel(HubertConfig(**(sizes | convolutions | changes))).eval()
+    save_encoder(encoder, folder, normalize_input=False)
+    return encoder
+
+
+def save_whisper(folder):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    save_encoder(WhisperEncoder(WhisperConfig(**sizes)).eval(), folder, normalize_input=False)
+
+
+@pytest.fixture
+def tones(tmp_path):
+    rows = []
+    for index, seconds in enumerate(SECONDS):
+        write_tone(tmp_path / f"audio/{index}.wav", seconds, pitch_hz=200 + 50 * index)
+        rows.append(
+            {"id": f"t{index}", "audio": f"audio/{index}.wav", "duration_seconds": seconds, "sample_rate_hz": 16_000}
+        )
+    write_manifest(tmp_path / "tones.jsonl", rows)
+    return tmp_path / "tones.jsonl"
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_stored_states_are_those_of_each_clip_alone(norm, tones, tmp_path):
+    model = save_hubert(tmp_path / "hubert", feat_extract_norm=norm)
+    encoder = load_frame_encoder(str(tmp_path / "hubert"))
+    assert encoder.pads == (norm == "layer") and (encoder.num_layers, encoder.width) == (3, 32)
+    states = stored_states([store_states(encoder, read_manifest(tones), tmp_path / "features", batch_size=4)])
+    for index in range(len(SECONDS)):
+        waveform = load_audio(tones.parent / f"audio/{index}.wav", 16_000)
+        with torch.no_grad():
+            alone = torch.cat(model(waveform[None], output_hidden_states=True).hidden_states)
+        stored = states.arrays[f"t{index}"]
+        assert stored.dtype == torch.float16 and stored.shape == alone.shape
+        torch.testing.assert_close(stored.float(), alone, rtol=2e-3, atol=2e-3)
+
+
+def test_a_whisper_hears_a_window_that_fits_and_keeps_frames_of_the_clip_alone(tones, tmp_path):
+    save_whisper(tmp_path / "whisper")
+    manifest = read_manifest(tones)
+    encoder = load_frame_encoder(str(tmp_path / "whisper"), window_seconds=fitting_window_seconds([manifest]))
+    assert encoder.max_seconds == 1.0
+    store = store_states(encoder, manifest, tmp_path / "features")
+    frames = {row["id"]: row["num_frames"] for row in store.rows()}
+    assert frames == {"t0": 50, "t1": 25, "t2": 25, "t3": 16}
+    assert stored_states([store]).arrays["t3"].shape == (3, 16, 16)
+    assert load_frame_encoder(str(tmp_path / "whisper")).max_seconds == 30.0
+
+
+def test_means_on_disk_and_in_memory_are_means_over_real_frames(tones, tmp_path):
+    save_hubert(tmp_path / "hubert", feat_extract_norm="layer")
+    encoder, manifest = load_frame_encoder(str(tmp_path / "hubert")), read_manifest(tones)
+    frames = stored_states([store_states(encoder, manifest, tmp_path / "features")])
+    on_disk = stored_states([store_states(encoder, manifest, tmp_path / "features", mean=True)])
+    in_memory = frames.means(manifest.ids)
+    for key in manifest.ids:
+        assert on_disk.arrays[key].shape == (3, 1, 32)
+        torch.testing.assert_close(on_disk.arrays[key].float(), in_memory.arrays[key], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(in_memory.arrays[key][:, 0], frames.arrays[key].float().mean(dim=1))
+
+
+def test_log_mel_is_one_layer_of_filter_banks_whose_mean_says_something(tones, tmp_path):
+    encoder = load_frame_encoder("log-mel")
+    states = stored_states([store_states(encoder, read_manifest(tones), tmp_path / "features")])
+    waveform = load_audio(tones.parent / "audio/1.wav", 16_000)
+    banks, _ = KaldiFbank(80)(waveform[None], torch.tensor([len(waveform)]))
+    torch.testing.assert_close(states.arrays["t1"].float(), (banks + 6) / 4, rtol=2e-3, atol=2e-3)
+    assert (states.arrays["t0"].float().mean(dim=1) - states.arrays["t3"].float().mean(dim=1)).abs().max() > 0.1
+    with pytest.raises(ValueError, match="log-mel has no weights to draw anew"):
+        load_frame_encoder("log-mel", fresh_seed=0)
+
+
+def test_fresh_weights_are_those_of_their_seed_and_another_encoder(tmp_path):
+    save_hubert(tmp_path / "hubert")
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    own, first, again, other = (
+        load_frame_encoder(str(tmp_path / "hubert"), fresh_seed=seed).identity["weights_sha256"]
+        for seed in (None, 0, 0, 1)
+    )
+    assert first == again and len({own, first, other}) == 3
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_killed_run_goes_on_with_the_clips_that_are_missing(tones, tmp_path, monkeypatch):
+    save_hubert(tmp_path / "hubert")
+    encoder, manifest = load_frame_encoder(str(tmp_path / "hubert")), read_manifest(tones)
+    monkeypatch.setattr(features_store, "SHARD_BYTES", 0)  # a shard for every group
+    encode, calls = encoder.encode, []
+
+    def encode_until_killed(waveforms, num_samples):
+        calls.append(num_samples.tolist())
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(waveforms, num_samples)
+
+    dying = features_store.FrameEncoder(**{**vars(encoder), "encode": encode_until_killed})
+    with pytest.raises(KeyboardInterrupt):
+        store_states(dying, manifest, tmp_path / "features")
+    folder = features_folder(tmp_path / "features", encoder, manifest, mean=False)
+    done = [row["id"] for row in LabelStore(folder).rows()]
+    assert 0 < len(done) < len(SECONDS)
+    calls.clear()
+    counting = features_store.FrameEncoder(
+        **{**vars(encoder), "encode": lambda *clips: calls.append(len(clips[1])) or encode(*clips)}
+    )
+    store = store_states(counting, manifest, tmp_path / "features")
+    assert sum(calls) == len(SECONDS) - len(done)
+    assert sorted(row["id"] for row in store.rows()) == sorted(manifest.ids)
+    store_states(counting, manifest, tmp_path / "features")
+    assert sum(calls) == len(SECONDS) - len(done)  # nothing was left
+
+
+def test_bad_and_short_clips_are_named_and_left_out(tones, tmp_path):
+    save_hubert(tmp_path / "hubert")
+    (tones.parent / "audio/0.wav").write_bytes(b"no audio")
+    write_tone(tones.parent / "audio/3.wav", 0.02)
+    rows = rows_of(tones)
+    rows[3]["duration_seconds"] = 0.02
+    write_manifest(tones, rows)
+    encoder, manifest = load_frame_encoder(str(tmp_path / "hubert")), read_manifest(tones)
+    store = store_states(encoder, manifest, tmp_path / "features", max_skipped_fraction=0.5)
+    assert sorted(row["id"] for row in store.rows()) == ["t1", "t2"]
+    skipped = {row["id"]: row["reason"] for row in rows_of(store.folder / "skipped.jsonl")}
+    assert skipped.keys() == {"t0", "t3"}
+    assert "320 samples at 16 kHz are no frame, which takes 400" in skipped["t3"]
+    with pytest.raises(AudioError, match="2 of 4 clips"):
+        store_states(encoder, manifest, tmp_path / "features")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(tones, tmp_path, monkeypatch):
+    save_hubert(tmp_path / "hubert")
+    usage = namedtuple("usage", ["total", "used", "free"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 10))
+    encoder = load_frame_encoder(str(tmp_path / "hubert"))
+    dumb = features_store.FrameEncoder(**{**vars(encoder), "encode": None})
+    with pytest.raises(ValueError, match=r"states of 4 clips, 0.0 h, need 0.0 GB .*--features-dir"):
+        store_states(dumb, read_manifest(tones), tmp_path / "features")
+
+
+def test_states_beyond_float16_are_refused(tones, tmp_path):
+    encoder = load_frame_encoder("log-mel")
+    loud = features_store.FrameEncoder(
+        **{**vars(encoder), "encode": lambda *clips: (encoder.encode(*clips)[0] * 1e6, encoder.encode(*clips)[1])}
+    )
+    with pytest.raises(ValueError, match="states of utterance 't0' reach .* float16"):
+        store_states(loud, read_manifest(tones), tmp_path / "features")
+
+
+def test_a_batch_is_padded_with_zeros_and_masked():
+    arrays = {"a": torch.ones(2, 3, 4), "b": torch.ones(2, 1, 4)}
+    states, mask = FrameStates(arrays).batch(["b", "a"])
+    assert states.shape == (2, 2, 3, 4) and mask.tolist() == [[True, False, False], [True, True, True]]
+    assert states[0, :, 1:].abs().max() == 0 and (states[1] == 1).all()
+    with pytest.raises(ValueError, match="no states to probe"):
+        FrameStates({})
