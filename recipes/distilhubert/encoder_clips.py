@@ -1,0 +1,207 @@
+"""The clips that a compact encoder is distilled on. Audio is all that it needs: labels are never read."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from speechkd.data.audio import load_utterance
+from speechkd.data.audit import usable_clips
+from speechkd.data.augment import utterance_random, utterance_seed
+from speechkd.data.features import SAMPLE_RATE_HZ
+from speechkd.data.hub import read_utterances
+from speechkd.data.loader import pad_waveforms
+from speechkd.data.manifest import Manifest
+from speechkd.losses.layerwise import span_mask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Manifests and batches.
+
+    Args:
+        train_manifest: utterances to train on, a manifest or `hub:NAME[:CONFIG]:SPLIT`.
+        test_manifest: utterances that the data script makes beside them, for probing.
+        dev_manifest: utterances for `trainer.eval_strategy`; null for none.
+        crop_seconds: longer clips are cropped to this, at a place drawn anew in each epoch.
+        max_batch_seconds: padded audio seconds per device and step.
+        max_batch_size: clips per device and step at most; null leaves it to the seconds.
+        max_skipped_fraction: share of clips that may be undecodable before a run fails.
+        num_workers: processes that prepare batches; 0 prepares them in the main process.
+    """
+
+    train_manifest: str
+    test_manifest: str | None = None
+    dev_manifest: str | None = None
+    crop_seconds: float = 15.6
+    max_batch_seconds: float = 160.0
+    max_batch_size: int | None = None
+    max_skipped_fraction: float = 0.01
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("crop_seconds", "max_batch_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"data.{name} must be a positive number, got {getattr(self, name)}")
+        if self.crop_seconds > self.max_batch_seconds:
+            raise ValueError(
+                f"data.crop_seconds={self.crop_seconds:g} is more than data.max_batch_seconds="
+                f"{self.max_batch_seconds:g}, so a long clip fits no batch; lower the one or raise the other"
+            )
+        if self.max_batch_size is not None and self.max_batch_size < 1:
+            raise ValueError(f"data.max_batch_size must be 1 or more, got {self.max_batch_size}; null sets no bound")
+        if not 0 <= self.max_skipped_fraction <= 1:
+            raise ValueError(f"data.max_skipped_fraction must be 0 to 1, got {self.max_skipped_fraction}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+
+
+class ClipSet(Dataset):
+    """Items are dicts with `id`, `duration_seconds` (after cropping), `waveform`, (samples,), int16, and `spans_seed`.
+
+    Args:
+        manifest: the utterances of the items, one each.
+        crop_seconds: see `DataConfig`.
+        shortest_samples: a clip that is shorter than its manifest says gets silence up to this.
+        seed: of the crops and of the spans that are hidden.
+    """
+
+    def __init__(self, manifest: Manifest, crop_seconds: float, *, shortest_samples: int = 1, seed: int = 0) -> None:
+        self.manifest, self.seed, self.epoch = manifest, seed, 0
+        self.max_samples, self.shortest_samples = round(crop_seconds * SAMPLE_RATE_HZ), shortest_samples
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    @property
+    def durations_seconds(self) -> np.ndarray:
+        """Of each item, after cropping, (items,)."""
+        return np.minimum(self.manifest.durations_seconds, self.max_samples / SAMPLE_RATE_HZ)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose where long clips are cropped, and which spans are hidden."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        utterance = self.manifest[index]
+        key = utterance["id"]
+        waveform = load_utterance(utterance, SAMPLE_RATE_HZ, torch.int16)
+        spare = len(waveform) - self.max_samples
+        if spare > 0:
+            start = utterance_random(self.seed, self.epoch, key, "crop").randint(0, spare)
+            waveform = waveform[start : start + self.max_samples]
+        waveform = F.pad(waveform, (0, max(0, self.shortest_samples - len(waveform))))
+        return {
+            "id": key,
+            "duration_seconds": len(waveform) / SAMPLE_RATE_HZ,
+            "waveform": waveform,
+            "spans_seed": utterance_seed(self.seed, self.epoch, key, "spans"),
+        }
+
+
+@dataclass(frozen=True)
+class SpanDraws:
+    """Spans to hide from the student, drawn for each clip from its own seed: workers and resumed runs agree.
+
+    Args:
+        num_frames: lengths in samples, (clips,), int64, to frames.
+        start_probability: see `span_mask`.
+        span: see there.
+    """
+
+    num_frames: Callable[[Tensor], Tensor]
+    start_probability: float
+    span: int
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> Tensor:
+        """True on the frames to hide, (batch, frames), bool."""
+        frames = self.num_frames(torch.tensor([len(item["waveform"]) for item in items]))
+        hidden = torch.zeros(len(items), int(frames.max()), dtype=torch.bool)
+        for row, item, count in zip(hidden, items, frames, strict=True):
+            generator = torch.Generator().manual_seed(item["spans_seed"])
+            row[: int(count)] = span_mask(
+                count[None], start_probability=self.start_probability, span=self.span, generator=generator
+            )[0]
+        return hidden
+
+
+def collate_clips(
+    items: Sequence[dict[str, Any]], *, window_seconds: float | None = None, spans: SpanDraws | None = None
+) -> dict[str, Any]:
+    """A batch of clips.
+
+    Args:
+        items: of a `ClipSet`.
+        window_seconds: what a Whisper computes of every clip; None for encoders that hear clips as they are.
+        spans: what is hidden from the student; None hides nothing.
+
+    Returns:
+        `ids`, `waveforms`, (batch, samples), int16, zero-padded, the list `num_samples`, with `spans` also `masked`,
+        (batch, frames), bool, and for the log `audio_seconds` and `padded_seconds`.
+    """
+    waveforms, num_samples = pad_waveforms([item["waveform"] for item in items], grid_samples=1)
+    batch = {
+        "ids": [item["id"] for item in items],
+        "waveforms": waveforms,
+        "num_samples": num_samples.tolist(),
+        "audio_seconds": sum(item["duration_seconds"] for item in items),
+        "padded_seconds": len(items) * (window_seconds or waveforms.shape[1] / SAMPLE_RATE_HZ),
+    }
+    return batch if spans is None else {**batch, "masked": spans(items)}
+
+
+def build_clips(
+    source: str, data: DataConfig, output_dir: Path, *, shortest_samples: int, seed: int
+) -> tuple[ClipSet, dict[str, int]]:
+    """Clips of a manifest that can be decoded and give a frame.
+
+    Args:
+        source: manifest or `hub:` address.
+        data: limits.
+        output_dir: folder of `skipped.jsonl`, which names those that cannot be decoded.
+        shortest_samples: at 16 kHz; shorter clips have no frame and are left out.
+        seed: see `ClipSet`.
+
+    Returns:
+        The clips, and how many were left out: `num_undecodable` and `num_short`.
+
+    Raises:
+        ValueError: no clip is left.
+        AudioError: more than `max_skipped_fraction` cannot be decoded.
+    """
+    manifest = read_utterances(source)
+    usable = usable_clips(
+        manifest,
+        output_dir,
+        max_seconds=math.inf,
+        max_skipped_fraction=data.max_skipped_fraction,
+        num_workers=data.num_workers,
+    )
+    num_samples = np.round(manifest.durations_seconds * SAMPLE_RATE_HZ)
+    kept = [position for position in usable if num_samples[position] >= shortest_samples]
+    num_short = len(usable) - len(kept)
+    if num_short:
+        logger.warning(
+            "%d of %d clips of %s are shorter than %d samples, which one frame needs, and are left out",
+            num_short,
+            len(manifest),
+            manifest.path,
+            shortest_samples,
+        )
+    if not kept:
+        raise ValueError(
+            f"no clip of {source} can be trained on: of {len(manifest)}, {num_short} are shorter than "
+            f"{shortest_samples} samples and {len(manifest) - len(usable)} cannot be decoded; give longer clips"
+        )
+    clips = ClipSet(manifest.select(kept), data.crop_seconds, shortest_samples=shortest_samples, seed=seed)
+    return clips, {"num_undecodable": len(manifest) - len(usable), "num_short": num_short}

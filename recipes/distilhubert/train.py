@@ -1,0 +1,330 @@
+"""Compact speech encoders: a student of a few layers learns what the layers of its teacher make of speech.
+
+DistilHuBERT, Chang et al. 2022, https://arxiv.org/abs/2110.01900, or CoLLD, Chang et al. 2024,
+https://arxiv.org/abs/2309.07707. Launch: python recipes/distilhubert/train.py --config FILE [--section.key value ...],
+under torchrun or accelerate too. A killed run carries on from its last checkpoint.
+"""
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, collate_clips
+from encoder_objective import LossConfig, SharedFrames, count_items, loss_terms
+from transformers import PreTrainedModel, set_seed
+
+from speechkd.cli import run_command
+from speechkd.config import parse_config
+from speechkd.data.features import SAMPLE_RATE_HZ, SAMPLES_PER_POSITION
+from speechkd.data.sampler import DurationBatchSampler
+from speechkd.doctor import hardware_name
+from speechkd.files import write_json
+from speechkd.losses.layerwise import LayerProjections, PredictionHeads, colld_layers
+from speechkd.models.distilhubert import CompactStudent, check_target_layers, compact_encoder
+from speechkd.models.encoder_inputs import WAVEFORM_ENCODERS, EncoderInputs, encoder_layers
+from speechkd.models.speech_encoders import load_encoder
+from speechkd.run_folder import training_run
+from speechkd.teachers import freeze, teacher_identity
+from speechkd.trainer import DistillationArguments, DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """The encoder whose layers are learnt.
+
+    Args:
+        name: HuBERT, wav2vec 2.0, WavLM, data2vec-audio, w2v-BERT or Whisper, whose encoder is taken: Hub id, folder or
+            `bundled:<name>`.
+        layers: target layers of distilhubert, from 1; null for colld, which pairs every layer of the student.
+        window_seconds: of a Whisper, the longest clip that it is to hear instead of 30 s; null for 30 s and others.
+        dtype: in which it computes, whatever the student does.
+        dropout: leave its dropouts on, as the published code of DistilHuBERT does by accident.
+        license: licence of its weights, for the student's model card.
+    """
+
+    name: str
+    layers: list[int] | None = None
+    window_seconds: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dropout: bool = False
+    license: str | None = None
+
+
+@dataclass(kw_only=True)
+class StudentConfig:
+    """The encoder that learns.
+
+    Args:
+        num_layers: its depth.
+        init: teacher takes the convolutions and the first layers of the teacher, random none.
+        init_from: an encoder to start from instead, folder or Hub id, that hears what the teacher hears; null for none.
+        feature_grad_mult: factor of the gradient into the convolutions; 0 freezes them, w2v-BERT has none and takes 1.
+    """
+
+    num_layers: int = 2
+    init: Literal["teacher", "random"] = "teacher"
+    init_from: str | None = None
+    feature_grad_mult: float = 0.1
+
+
+@dataclass(kw_only=True)
+class DistilHubertConfig:
+    """Distil a deep speech encoder into a shallow one.
+
+    Args:
+        teacher: the deep one.
+        data: audio; labels are not used.
+        student: the shallow one.
+        loss: what it learns.
+        trainer: arguments of transformers' Trainer.
+    """
+
+    teacher: TeacherConfig
+    data: DataConfig
+    student: StudentConfig = field(default_factory=StudentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    trainer: DistillationArguments
+
+    def __post_init__(self) -> None:
+        if (self.loss.method == "distilhubert") != (self.teacher.layers is not None):
+            raise ValueError(
+                f"teacher.layers={self.teacher.layers} with loss.method={self.loss.method}: distilhubert needs target "
+                "layers, such as [4, 8, 12] of HuBERT Base, and colld takes null"
+            )
+        self.trainer.follow_data(self.data.num_workers, self.data.dev_manifest)
+
+
+def build_student(
+    config: DistilHubertConfig, teacher: PreTrainedModel, normalize_input: bool
+) -> tuple[CompactStudent, list[int]]:
+    """The student with its heads, and the teacher's layer of each head, from 1.
+
+    Args:
+        config: of the run.
+        teacher: the deep encoder.
+        normalize_input: whether it expects waveforms of mean 0 and variance 1.
+
+    Raises:
+        ValueError: the teacher lacks a layer, the student is deeper than it, or `init_from` hears something else.
+    """
+    if config.student.init_from is None:
+        encoder = compact_encoder(teacher, config.student.num_layers, init=config.student.init)
+    else:
+        encoder = load_start(config, teacher, normalize_input)
+    widths = (encoder.config.hidden_size, teacher.config.hidden_size)
+    is_colld = config.loss.method == "colld"
+    if is_colld:
+        layers = colld_layers(len(encoder_layers(encoder)), len(encoder_layers(teacher)))
+    else:
+        layers = list(config.teacher.layers or [])
+        check_target_layers(teacher, layers)
+    student = CompactStudent(
+        encoder,
+        LayerProjections(len(layers), *widths) if is_colld else PredictionHeads(*widths, len(layers)),
+        feature_grad_mult=config.student.feature_grad_mult,
+        mask_spans=is_colld,
+        normalize_input=normalize_input,
+    )
+    return student, layers
+
+
+def load_start(config: DistilHubertConfig, teacher: PreTrainedModel, normalize_input: bool) -> PreTrainedModel:
+    """The encoder of `student.init_from`.
+
+    Raises:
+        ValueError: it cannot be loaded, or does not hear what the teacher hears.
+    """
+    name = str(config.student.init_from)
+    encoder, normalizes = load_encoder(name, window_seconds=config.teacher.window_seconds)
+    ours, theirs = hearing(encoder, normalizes), hearing(teacher, normalize_input)
+    if different := [f"{key} {ours[key]}, of the teacher {theirs[key]}" for key in ours if ours[key] != theirs[key]]:
+        raise ValueError(
+            f"student.init_from={name} hears other input than the teacher: {'; '.join(different)}; take an encoder "
+            "that was distilled from such a teacher"
+        )
+    return encoder
+
+
+def hearing(encoder: PreTrainedModel, normalize_input: bool) -> dict[str, Any]:
+    """What decides about the input of an encoder; teacher and student share theirs."""
+    config: Any = encoder.config
+    names = ("model_type", "num_mel_bins", "max_source_positions", "feature_projection_input_dim")
+    facts = {name: getattr(config, name, None) for name in names}
+    return facts | {"do_normalize": normalize_input and config.model_type in WAVEFORM_ENCODERS}
+
+
+def whisper_window(student: CompactStudent) -> float | None:
+    """What a Whisper computes of every clip; None for encoders that hear clips as they are."""
+    if student.inputs.kind != "whisper":
+        return None
+    return student.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
+
+
+def heard_seconds(clips: ClipSet, window_seconds: float | None) -> np.ndarray:
+    """Seconds that the models compute for each clip, (clips,).
+
+    Raises:
+        ValueError: clips are longer than the window.
+    """
+    durations = clips.durations_seconds
+    if window_seconds is None:
+        return durations
+    if durations.max() > window_seconds:
+        raise ValueError(
+            f"the longest clip has {durations.max():.1f} s and the encoder hears {window_seconds:g} s; lower "
+            "data.crop_seconds to that, or raise teacher.window_seconds"
+        )
+    return np.full(len(durations), window_seconds)
+
+
+def describe_run(
+    config: DistilHubertConfig, identity: dict[str, Any], student: CompactStudent, layers: list[int], clips: ClipSet
+) -> dict[str, Any]:
+    """Facts of the training for `run.json`, the model card and the tables."""
+    encoder = student.encoder
+    return {
+        "title": f"compact encoder {Path(config.trainer.output_dir).name}",
+        "teacher": identity,
+        "teacher_layers": layers,
+        "encoder_layers": len(encoder_layers(encoder)),
+        "is_whisper": student.inputs.kind == "whisper",
+        "parameters": encoder.num_parameters(),
+        "head_parameters": sum(weight.numel() for weight in student.heads.parameters()),
+        "init": config.student.init_from or config.student.init,
+        "license": config.teacher.license,
+        "train_manifest": config.data.train_manifest,
+        "train_utterances": len(clips),
+        "train_hours": float(clips.durations_seconds.sum()) / 3600,
+        "synthetic": "synthetic" in config.data.train_manifest,
+        "loss": config.loss.describe(),
+        "learning_rate": config.trainer.learning_rate,
+        "seed": config.trainer.seed,
+        "device": hardware_name(config.trainer.device),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "speechkd_version": version("speechkd"),
+    }
+
+
+def model_card(run: dict[str, Any]) -> str:
+    """Model card of a compact encoder."""
+    name, layers = run["teacher"]["name"], ", ".join(map(str, run["teacher_layers"]))
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: feature-extraction",
+        f"license: {run['license'] or 'other'}",
+        "tags: [speechkd, knowledge-distillation, speech]",
+        "---",
+        f"# {run['title']}",
+        "",
+        f"A speech encoder of {run['encoder_layers']} layers, {run['parameters'] / 1e6:.1f} M parameters, which learnt "
+        f"layers {layers} of {name}. Made by speechkd {run['speechkd_version']}.",
+        "",
+        f"`AutoModel.from_pretrained` loads it{', as the `encoder` of a Whisper' if run['is_whisper'] else ''}. "
+        "`AutoFeatureExtractor` makes its input of 16 kHz waveforms.",
+        "",
+        "## Teacher",
+        "",
+        f"{name}, weights SHA-256 `{run['teacher']['weights_sha256']}`.",
+        "",
+        "## Data",
+        "",
+        f"{run['train_manifest']}: {run['train_utterances']} utterances, {run['train_hours']:.3f} h, audio alone.",
+        *(["The voices are synthetic; nothing here says how it does on human speech."] if run["synthetic"] else []),
+        "",
+        "## Training",
+        "",
+        f"Loss: {run['loss']}. {run['steps']} steps, learning rate {run['learning_rate']:g}, seed {run['seed']}, "
+        f"{run['device']}, {run['date']}.",
+        "",
+        "## Licence",
+        "",
+        run["license"] or "That of the teacher and of the data.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def save_student(student: CompactStudent, run: dict[str, Any], output_dir: Path) -> None:
+    """Write the encoder without its heads, and its card; the folder is complete or absent."""
+    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save_encoder(temporary)
+    (temporary / "README.md").write_text(model_card(run), encoding="utf-8")
+    shutil.rmtree(output_dir, ignore_errors=True)
+    os.replace(temporary, output_dir)
+
+
+def build_trainer(config: DistilHubertConfig) -> tuple[DistillationTrainer, dict[str, Any]]:
+    """Everything of a run before its first step: the trainer, and the facts for `run.json`."""
+    set_seed(config.trainer.seed)
+    name, dtype, window = config.teacher.name, getattr(torch, config.teacher.dtype), config.teacher.window_seconds
+    teacher, normalize_input = load_encoder(name, dtype=dtype, window_seconds=window)
+    freeze(teacher)
+    identity = teacher_identity(name, teacher)
+    student, layers = build_student(config, teacher, normalize_input)
+    frames = SharedFrames(student.inputs, EncoderInputs(teacher, normalize_input=normalize_input))
+    heard = whisper_window(student)
+    data, loss, output_dir = config.data, config.loss, Path(config.trainer.output_dir)
+    spans = None
+    if loss.method == "colld":
+        spans = SpanDraws(frames, loss.span_start_probability, loss.span_frames)
+    shortest = max(inputs.receptive_field_samples for inputs in (frames.student, frames.teacher))
+    build = partial(build_clips, data=data, shortest_samples=shortest, seed=config.trainer.seed)
+    with config.trainer.main_process_first(desc="preparing the data"):
+        train_set, left_out = build(data.train_manifest, output_dir=output_dir)
+        dev_set = None if data.dev_manifest is None else build(data.dev_manifest, output_dir=output_dir / "dev")[0]
+    limits = {"max_batch_seconds": data.max_batch_seconds, "max_batch_size": data.max_batch_size}
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        args=config.trainer,
+        train_dataset=train_set,
+        collate=partial(collate_clips, window_seconds=heard, spans=spans),
+        sampler=DurationBatchSampler(
+            heard_seconds(train_set, heard),
+            **limits,
+            seed=config.trainer.seed,
+            rank=config.trainer.process_index,
+            world_size=config.trainer.world_size,
+            sort_keys=train_set.durations_seconds,
+        ),
+        loss_terms=partial(
+            loss_terms, frames=frames, layers=layers, weights=loss, teacher_dropout=config.teacher.dropout
+        ),
+        count_items=partial(count_items, num_frames=frames, num_layers=len(layers)),
+        eval_dataset=dev_set,
+        eval_sampler=None if dev_set is None else DurationBatchSampler(heard_seconds(dev_set, heard), **limits),
+    )
+    return trainer, {**describe_run(config, identity, student, layers, train_set), "left_out": left_out}
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, resolved_yaml = parse_config(DistilHubertConfig, argv)
+    output_dir = Path(config.trainer.output_dir)
+    is_main = config.trainer.process_index == 0
+    with training_run(config.trainer, resolved_yaml) as is_finished:
+        if is_finished:
+            return
+        trainer, run = build_trainer(config)
+        trainer.train(resume_from_checkpoint=True)
+        if is_main:
+            run["steps"] = trainer.state.global_step
+            save_student(trainer.model, run, output_dir / "student")
+            write_json(output_dir / "run.json", run)
+            logger.info("student: %s", output_dir / "student")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_command(main)
