@@ -43,7 +43,8 @@ for key in sys.argv[2].split("."):
     item = None if item is None else item[int(key)] if key.isdigit() else item.get(key)
 print("none" if item is None else len(item) if isinstance(item, list) else item)' "$resolved" "$1"; }
 
-# run_stage NUMBER NAME STAMP "SECTIONS" "OUTPUTS" COMMAND: skips, refuses or runs, and keeps the time
+# run_stage NUMBER NAME STAMP "SECTIONS" "OUTPUTS" COMMAND: skips, refuses or runs, and keeps the time. SECTIONS are what the
+# result depends on; a name that ends in ? only adds to it, and a run without takes the result as it is.
 run_stage() {
   local number=$1 name=$2 stamp=$3 sections=$4 outputs=$5 code=0; shift 5
   (( number >= first && number <= last )) || return 0

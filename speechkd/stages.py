@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from speechkd.files import write_json
 SKIP_EXIT_CODE = 10
 
 
-def begin(stamp: Path, inputs: dict[str, Any], *, force: bool, outputs: list[Path]) -> bool:
+def begin(
+    stamp: Path, inputs: dict[str, Any], *, force: bool, outputs: list[Path], extras: Collection[str] = ()
+) -> bool:
     """Decide whether a stage has to run.
 
     Args:
@@ -27,6 +30,8 @@ def begin(stamp: Path, inputs: dict[str, Any], *, force: bool, outputs: list[Pat
         inputs: everything that the stage's result depends on, flat or nested.
         force: rerun a stage whose inputs changed, after removing its outputs.
         outputs: what the stage writes.
+        extras: flat names of inputs that only add to the result. A run that no longer asks for one takes the result
+            with it.
 
     Returns:
         False if it finished with the same inputs.
@@ -36,6 +41,7 @@ def begin(stamp: Path, inputs: dict[str, Any], *, force: bool, outputs: list[Pat
     """
     known = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else None
     before, now = ({} if known is None else _set_values(known["inputs"])), _set_values(inputs)
+    before = {key: value for key, value in before.items() if key in now or key not in extras}
     if known is not None and before != now:
         old, new = _flat(known["inputs"]), _flat(inputs)
         changed = [
@@ -94,7 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("action", choices=("begin", "end"))
     parser.add_argument("stamp", type=Path)
     parser.add_argument("--config", type=Path, help="resolved YAML of the run")
-    parser.add_argument("--sections", nargs="*", default=[], help="sections or section.key that the stage depends on")
+    parser.add_argument(
+        "--sections",
+        nargs="*",
+        default=[],
+        help="sections or section.key that the stage depends on; section.key? if it only adds to the result",
+    )
     parser.add_argument("--corpus-dir", default="", help="also part of the inputs")
     parser.add_argument("--outputs", nargs="*", type=Path, default=[])
     parser.add_argument("--force", action="store_true")
@@ -103,14 +114,15 @@ def main(argv: list[str] | None = None) -> None:
         end(arguments.stamp)
         return
     config = _flat(yaml.safe_load(arguments.config.read_text(encoding="utf-8")))
-    wanted = tuple(arguments.sections)
+    extras = [name.removesuffix("?") for name in arguments.sections if name.endswith("?")]
+    wanted = [name.removesuffix("?") for name in arguments.sections]
     inputs = {
         key: value for key, value in config.items() if any(key == name or key.startswith(f"{name}.") for name in wanted)
     }
     if arguments.corpus_dir:
         inputs["corpus_dir"] = arguments.corpus_dir
     try:
-        must_run = begin(arguments.stamp, inputs, force=arguments.force, outputs=arguments.outputs)
+        must_run = begin(arguments.stamp, inputs, force=arguments.force, outputs=arguments.outputs, extras=extras)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error

@@ -70,6 +70,9 @@ def test_stored_outputs_are_asked_for_where_they_are_trained_on(tmp_path):
     train_set, test_set, dev_set = (bin_dir / "speechkd.log").read_text().splitlines()
     targets = "--language en --targets text encoder_states decoder_states"
     assert train_set.endswith(targets) and dev_set.endswith(targets) and test_set.endswith("--language en")
+    live = [*options[:4], "--teacher.stored_outputs=null", *options[5:]]
+    again = run_sh(tmp_path, "quickstart", *live, first_on_path=bin_dir)  # the labels hold more than it asks for
+    assert again.returncode == 0 and "finished before, skipped" in again.stdout
 
 
 def test_every_corpus_is_labelled_in_its_language_and_windows_where_they_are_trained_on(tmp_path):

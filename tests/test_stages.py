@@ -37,3 +37,18 @@ def test_a_setting_that_a_newer_version_added_and_that_is_null_changes_nothing(t
     begin(stamp, {"teacher.name": "t"}, force=False, outputs=[])
     end(stamp)
     assert not begin(stamp, {"teacher.name": "t", "teacher.dtype": None}, force=False, outputs=[])
+
+
+def test_what_only_adds_to_a_result_may_be_left_out_later_but_not_added(tmp_path):
+    stamp, options = tmp_path / ".stage.json", {"force": False, "outputs": [], "extras": ["teacher.stored_outputs"]}
+    begin(stamp, {"teacher": {"name": "t", "stored_outputs": "topk"}}, **options)
+    end(stamp)
+    assert not begin(stamp, {"teacher": {"name": "t", "stored_outputs": None}}, **options)
+    with pytest.raises(ValueError, match="stored_outputs was 'topk', now 'decoder_states'"):
+        begin(stamp, {"teacher": {"name": "t", "stored_outputs": "decoder_states"}}, **options)
+    with pytest.raises(ValueError, match="name was 't', now 'u'"):
+        begin(stamp, {"teacher": {"name": "u", "stored_outputs": None}}, **options)
+    begin(tmp_path / "other.json", {"teacher": {"name": "t"}}, **options)
+    end(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="stored_outputs was None, now 'topk'"):
+        begin(tmp_path / "other.json", {"teacher": {"name": "t", "stored_outputs": "topk"}}, **options)

@@ -47,7 +47,7 @@ label() {
 
 prepare_stage
 run_stage 2 label "$labels_dir/.stage-label.json" \
-  "teacher data.train_manifest data.test_manifest data.dev_manifest data.extra_corpora data.pack data.max_skipped_fraction decoding" \
+  "teacher.name teacher.cache_encoder_states? teacher.stored_outputs? data.train_manifest data.test_manifest data.dev_manifest data.extra_corpora data.pack data.max_skipped_fraction decoding" \
   "$labels_dir" label
 run_stage 3 train "$run_dir/.stage-train.json" "teacher data student loss decoding filters trainer" "$run_dir" \
   python "$recipe_dir/train.py" --config "$resolved"
