@@ -1,11 +1,9 @@
 """Size, load time, latency, throughput, memory and error rate of Whispers and their exports, measured in turns."""
 
-import ctypes
-import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -13,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, WhisperForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import cached_file
 
 from speechkd.data.collate import WhisperTokens
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
@@ -36,11 +32,10 @@ from speechkd.metrics.normalizers import Normalizer, get_normalizer
 from speechkd.metrics.wer import error_rates
 from speechkd.models.speculative import Speculated, load_assistant, speculative_decode
 from speechkd.models.whisper import encode
+from speechkd.resources import now, peak_megabytes, resident_bytes, size_bytes
 from speechkd.teachers import load_processor, load_whisper, resolve_model
 
 logger = logging.getLogger(__name__)
-
-CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -155,9 +150,9 @@ def _load(name: str, decoding: DecodingConfig, device: torch.device) -> _Contend
     if export is not None and export["format"] != "huggingface":
         return _load_export(name, export, decoding)
     resolve_model(name)  # converts a bundled model on its first use, which is no part of loading
-    started = _now(device)
+    started = now(device)
     model, processor = load_whisper(name, device=device), load_processor(name)
-    load_seconds = _now(device) - started
+    load_seconds = now(device) - started
     tokens = WhisperTokens.from_tokenizer(processor.tokenizer, language=decoding.language, task=decoding.task)
     log_mel = WhisperLogMel.for_model(model.config).to(device)
     return _Contender([name], load_seconds, model, processor.tokenizer, tokens, log_mel)
@@ -165,14 +160,14 @@ def _load(name: str, decoding: DecodingConfig, device: torch.device) -> _Contend
 
 def _load_export(name: str, export: dict[str, Any], decoding: DecodingConfig) -> _Contender:
     # what a runtime holds shows in the process alone; one short clip, because some read weights when they use them
-    before_bytes = _resident_bytes()
+    before_bytes = resident_bytes()
     started = time.perf_counter()
     transcriber = load_transcriber(
         name, language=decoding.language, task=decoding.task, max_new_tokens=decoding.max_new_tokens
     )
     load_seconds = time.perf_counter() - started
     transcriber(np.zeros(SAMPLE_RATE_HZ, dtype=np.float32))
-    after_bytes = _resident_bytes()
+    after_bytes = resident_bytes()
     return _Contender(
         [name],
         load_seconds,
@@ -187,9 +182,9 @@ def _with_assistant(teacher: _Contender, assistant_name: str) -> _Contender:
         raise ValueError(
             f"{teacher.names[0]} is an export, which takes no assistant; name its Hugging Face folder first"
         )
-    started = _now(teacher.model.device)
+    started = now(teacher.model.device)
     assistant = load_assistant(assistant_name, teacher.model)
-    load_seconds = teacher.load_seconds + _now(teacher.model.device) - started
+    load_seconds = teacher.load_seconds + now(teacher.model.device) - started
     return _Contender(
         [*teacher.names, assistant_name],
         load_seconds,
@@ -226,9 +221,9 @@ def _run_turns(
                     _one_clip(contender, clip, decoding)
             for contender in contenders:
                 if _batches(contender):
-                    started = _now(device)
+                    started = now(device)
                     _transcribe(contender, batch.waveforms, decoding)
-                    contender.batched_seconds += _now(device) - started
+                    contender.batched_seconds += now(device) - started
             utterances += batch.utterances
         logger.info("%d of %d clips", len(utterances) + num_skipped, len(manifest))
     return utterances, num_skipped
@@ -240,7 +235,7 @@ def _warm_up(contenders: list[_Contender], clip: Tensor, decoding: DecodingConfi
         step = partial(_transcribe, contender, clip, decoding)
         step()
         device = torch.device("cpu") if contender.model is None else contender.model.device
-        contender.working_megabytes = _peak_megabytes(step, device)
+        contender.working_megabytes = peak_megabytes(step, device)
 
 
 def _batches(contender: _Contender) -> bool:
@@ -258,11 +253,11 @@ def _one_clip(contender: _Contender, clip: Tensor, decoding: DecodingConfig) -> 
         contender.encode_seconds.append(0.0)  # part of the above
         return
     device = contender.model.device
-    started = _now(device)
+    started = now(device)
     states = encode(contender.model, contender.log_mel(clip))
-    encoded = _now(device)
+    encoded = now(device)
     token_ids, speculated = _decode(contender, states, decoding, clip.shape[-1] / SAMPLE_RATE_HZ)
-    contender.decode_seconds.append(_now(device) - encoded)
+    contender.decode_seconds.append(now(device) - encoded)
     contender.encode_seconds.append(encoded - started)
     contender.texts.append(contender.tokenizer.decode(token_ids[0], skip_special_tokens=True).strip())
     contender.speculated += speculated
@@ -324,7 +319,7 @@ def _measures(
     working = contender.working_megabytes
     return {
         "name": " + ".join(contender.names),
-        "size_megabytes": sum(_size_bytes(name) for name in contender.names) / 1e6,
+        "size_megabytes": sum(size_bytes(name) for name in contender.names) / 1e6,
         "parameters": parameters,
         "load_seconds": contender.load_seconds,
         "latency_median_seconds": statistics.median(latencies),
@@ -362,44 +357,3 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
     for layer in module.modules():
         if isinstance(layer, torch.ao.nn.quantized.dynamic.Linear):
             yield from (layer.weight(), layer.bias()) if layer.bias() is not None else (layer.weight(),)
-
-
-def _size_bytes(name: str) -> int:
-    """All files of a model's folder; of a Hub id, those that were downloaded."""
-    folder = Path(resolve_model(name))
-    if not folder.is_dir():
-        folder = Path(str(cached_file(str(folder), "config.json"))).parent
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _peak_megabytes(step: Callable[[], None], device: torch.device) -> float | None:
-    """Most memory that a call takes beyond what is held before it; resident set on a CPU, None where it is unknown."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    resident = _resident_bytes()
-    if resident is None:
-        return None
-    step()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    return (peak - resident) / 1e6
-
-
-def _resident_bytes() -> int | None:
-    """Resident set of the process, which becomes its peak too; None where it is unknown."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # or what an earlier model freed would be used again and not be seen
-        CLEAR_REFS.write_text("5")  # the peak becomes the present value
-    except (OSError, AttributeError, TypeError):  # no Linux, or another C library
-        return None
-    return psutil.Process().memory_info().rss
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -13,6 +13,7 @@ from speechkd.data.manifest import read_manifest, write_manifest
 from speechkd.export import export_model
 from speechkd.labels.pseudo_label import DecodingConfig
 from speechkd.models.whisper import student_from_teacher
+from speechkd.resources import peak_megabytes
 from speechkd.teachers import load_processor, load_whisper
 
 DECODING = DecodingConfig(batch_size=4, max_new_tokens=4)
@@ -82,7 +83,7 @@ def test_every_clip_goes_through_all_models_before_the_next(tiny_teacher, studen
 
 def test_peak_memory_is_what_a_call_takes_beyond_what_is_held():
     held = torch.ones(8_000_000)
-    megabytes = bench._peak_megabytes(lambda: torch.ones(16_000_000).sum().item(), torch.device("cpu"))
+    megabytes = peak_megabytes(lambda: torch.ones(16_000_000).sum().item(), torch.device("cpu"))
     assert megabytes is None or megabytes == pytest.approx(64, abs=8)
     assert held.numel() == 8_000_000
 

@@ -390,13 +390,14 @@ def test_layer_zero_is_taken_before_the_positions(kind):
     inputs.pop("attention_mask", None)
     with torch.no_grad():
         states = layer_states(encoder, (0, 1, 2), **inputs)
-        hidden = encoder(**inputs, output_hidden_states=True).hidden_states
+        output = encoder(**inputs, output_hidden_states=True)
+        hidden = output.hidden_states
         if kind == "whisper":
             first = F.gelu(encoder.conv2(F.gelu(encoder.conv1(inputs["input_features"])))).transpose(1, 2)
         else:
             first = encoder.feature_projection(encoder.feature_extractor(inputs["input_values"]).transpose(1, 2))
             first = first[0] if isinstance(first, tuple) else first
-    torch.testing.assert_close(states, torch.stack([first, hidden[1], hidden[2]], dim=1))
+    torch.testing.assert_close(states, torch.stack([first, hidden[1], output.last_hidden_state], dim=1))
     assert (first - hidden[0]).abs().max() > 1e-3
     assert not encoder.get_submodule("conv2" if kind == "whisper" else "feature_projection")._forward_hooks
 

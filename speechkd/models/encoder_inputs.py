@@ -132,6 +132,13 @@ class EncoderInputs(nn.Module):
             field = (field - 1) * stride + kernel
         return field
 
+    @property
+    def window_seconds(self) -> float | None:
+        """What a Whisper computes of every clip; None for encoders that hear clips as they are."""
+        if self.kind != "whisper":
+            return None
+        return self.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
+
     def _stacked_banks(self, waveforms: Tensor, num_samples: Tensor) -> dict[str, Tensor]:
         """As SeamlessM4TFeatureExtractor: each filter scaled over its clip, and neighbouring frames side by side."""
         banks, counts = self.features(waveforms * KALDI_SCALE, num_samples)

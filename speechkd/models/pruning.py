@@ -212,6 +212,14 @@ class GatedEncoder(PreTrainedModel):
         """Expected share of `num_full_parameters` that is gone; 0-dim, float32."""
         return (1 - self.expected_parameters() / self.num_full_parameters).float()
 
+    def largest_sparsity(self) -> float:
+        """The sparsity with every gate shut but one channel of each convolution: no target can be above it."""
+        smallest: dict[GateKind, Any] = {
+            kind: [float(kind == "conv") if kind in self.gates else units for units in self.num_units[kind]]
+            for kind in self.num_units
+        }
+        return 1 - float(self._count(smallest)) / self.num_full_parameters
+
     def masks(self) -> EncoderMasks:
         """Factors of all units, as evaluation uses them; 1 where there are no gates."""
         device = self.encoder.device
@@ -324,7 +332,8 @@ def layer_states(model: PreTrainedModel, layers: Sequence[int], **inputs: Any) -
     Args:
         model: teacher, `GatedEncoder` or `PrunedEncoderModel`.
         layers: 0 is what DPHuBERT compares there: what the convolutions give in the encoder's width, before positions
-            are added, so not the first of `hidden_states`. The others are 1 for the first layer's output and so on.
+            are added, so not the first of `hidden_states`. The others are 1 for the first layer's output and so on,
+            the last after the norm that some encoders end with, so that it learns too.
         inputs: of the encoder, such as `input_values` and `attention_mask`.
 
     Returns:
@@ -348,10 +357,11 @@ def layer_states(model: PreTrainedModel, layers: Sequence[int], **inputs: Any) -
 
     hook = (encoder.conv2 if is_whisper else encoder.feature_projection).register_forward_hook(keep)
     try:
-        states = encoder(**inputs, output_hidden_states=True).hidden_states
+        output = encoder(**inputs, output_hidden_states=True)
     finally:
         hook.remove()
-    return torch.stack([states[layer] if layer else first[0] for layer in layers], dim=1)
+    states = (first[0], *output.hidden_states[1:-1], output.last_hidden_state)
+    return torch.stack([states[layer] for layer in layers], dim=1)
 
 
 def target_sparsity(num_updates: int, final: float = 0.75, ramp_updates: int = 5000) -> float:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from speechkd.data.features import SAMPLE_RATE_HZ, SAMPLES_PER_POSITION
+from speechkd.models.pruned_encoder import PrunedEncoderModel
 from speechkd.models.whisper import shorten_encoder
 from speechkd.teachers import resolve_model
 
@@ -33,7 +34,8 @@ def load_encoder(
 
     Args:
         name: Hub id, folder or `bundled:<name>` of a HuBERT, wav2vec 2.0, WavLM, data2vec-audio, w2v-BERT or Whisper,
-            with or without a head, which is dropped; of a Whisper only the encoder is taken.
+            with or without a head, which is dropped; of a Whisper only the encoder is taken. Of a `PrunedEncoderModel`
+            it is the stock class with narrower maps inside, which that model alone can save.
         dtype: of its weights.
         window_seconds: of a Whisper, the longest clip that it is to hear; None is its own window.
         revision: branch, tag or commit of a Hub id.
@@ -51,7 +53,9 @@ def load_encoder(
     except (OSError, ValueError) as error:
         raise ValueError(f"speech encoder {name!r} cannot be loaded: {error}; give a folder or a Hub id") from error
     model, info = loaded
-    is_whisper = model.config.model_type == "whisper"
+    is_pruned = isinstance(model, PrunedEncoderModel)
+    kind = model.encoder.config.model_type if is_pruned else model.config.model_type
+    is_whisper = kind == "whisper"
     # checkpoints with a head often lack the vector that SpecAugment writes
     missing = sorted(
         key for key in info["missing_keys"] if key != "masked_spec_embed" and not key.startswith("decoder.")
@@ -61,11 +65,11 @@ def load_encoder(
             f"speech encoder {name!r} has no weights for {len(missing)} parameters, first {', '.join(missing[:3])}; "
             "save it again with save_pretrained"
         )
-    encoder = model.encoder if is_whisper else model
+    encoder = model.encoder if is_whisper or is_pruned else model
     if window_seconds is not None:
         if not is_whisper:
             raise ValueError(
-                f"window_seconds={window_seconds} is for a Whisper; {name!r} is a {model.config.model_type}, which "
+                f"window_seconds={window_seconds} is for a Whisper; {name!r} is a {kind}, which "
                 "hears each clip as it is"
             )
         shorten_encoder(encoder, window_seconds)
@@ -81,19 +85,39 @@ def save_encoder(encoder: PreTrainedModel, folder: str | Path, *, normalize_inpu
         encoder: as `load_encoder` gives it, trained or not.
         folder: created where it is missing.
         normalize_input: see `load_encoder`.
+
+    Raises:
+        ValueError: it is the inside of a `PrunedEncoderModel`, whose widths no stock configuration describes.
     """
+    _check_widths(encoder)
     config: Any = encoder.config
     model: Any = encoder
-    extractor: Any = Wav2Vec2FeatureExtractor(do_normalize=normalize_input)
     if config.model_type == "whisper":
         model = WhisperModel(_without_decoder(config))
         model.encoder = encoder
-        seconds = config.max_source_positions * SAMPLES_PER_POSITION // SAMPLE_RATE_HZ
-        extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
-    elif config.model_type == "wav2vec2-bert":
-        extractor = SeamlessM4TFeatureExtractor(stride=config.feature_projection_input_dim // FBANK_MELS)
     model.save_pretrained(folder)
-    extractor.save_pretrained(folder)
+    feature_extractor(config, normalize_input=normalize_input).save_pretrained(folder)
+
+
+def feature_extractor(config: Any, *, normalize_input: bool) -> Any:
+    """The stock feature extractor of an encoder with this configuration; see `load_encoder` for `normalize_input`."""
+    if config.model_type == "whisper":
+        seconds = config.max_source_positions * SAMPLES_PER_POSITION // SAMPLE_RATE_HZ
+        return WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=seconds)
+    if config.model_type == "wav2vec2-bert":
+        return SeamlessM4TFeatureExtractor(stride=config.feature_projection_input_dim // FBANK_MELS)
+    return Wav2Vec2FeatureExtractor(do_normalize=normalize_input)
+
+
+def _check_widths(encoder: PreTrainedModel) -> None:
+    with torch.device("meta"):
+        stock = type(encoder)(encoder.config).state_dict()
+    for name, weight in encoder.state_dict().items():
+        if name in stock and stock[name].shape != weight.shape:
+            raise ValueError(
+                f"{name} is {tuple(weight.shape)}, but {type(encoder).__name__} with this configuration has "
+                f"{tuple(stock[name].shape)}: the encoder is pruned; save the PrunedEncoderModel that it is part of"
+            )
 
 
 def _without_decoder(config: Any) -> Any:
