@@ -3,18 +3,17 @@
 import json
 import logging
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from speechkd.command_line import PROBE_TASKS, make_parser
 from speechkd.preemption import PREEMPTED_EXIT_CODE, Preempted, sigterm_raises
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-NORMALIZERS = ("english", "basic", "none", "keep_marks", "arabic")  # named here, as their import takes a second
 
 
 def run_command(command: Callable[[], T]) -> T:
@@ -44,189 +43,31 @@ def run_command(command: Callable[[], T]) -> T:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `speechkd`."""
-    parser = _parser()
+    parser = make_parser()
     arguments, overrides = parser.parse_known_args(argv)
-    if arguments.run is _doctor:
+    command = arguments.command
+    if command == "doctor":
         arguments.overrides = overrides
     elif overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # transformers warns at each call that max_new_tokens goes before the checkpoint's max_length, as it should
     logging.getLogger("transformers.generation").setLevel(logging.ERROR)
-    result = run_command(lambda: arguments.run(arguments))
+    result = run_command(lambda: COMMANDS[command](arguments))
     if arguments.json:
         sys.stdout.write(json.dumps(result) + "\n")
-    elif arguments.run is _bench:
+    elif command == "bench":
         from speechkd.bench_table import table_lines
 
         sys.stdout.writelines(f"{line}\n" for line in table_lines(result))
-    elif arguments.run is _doctor:
+    elif command == "doctor":
         from speechkd.doctor import report_lines
 
         sys.stdout.writelines(f"{line}\n" for line in report_lines(result))
     else:
         sys.stdout.writelines(f"{key}: {_readable(value)}\n" for key, value in result.items())
-    if arguments.run in (_doctor, _label) and result.get("problems"):
+    if command in ("doctor", "label") and result.get("problems"):
         raise SystemExit(2)
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="speechkd", description="Distil large speech models into small ones.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    label = commands.add_parser(
-        "label", help="transcribe a manifest with a teacher", formatter_class=ArgumentDefaultsHelpFormatter
-    )
-    label.add_argument("--teacher", help="Hub id, folder or bundled:<name>")
-    label.add_argument(
-        "--targets",
-        nargs="+",
-        choices=("text", "encoder_states", "topk", "decoder_states"),
-        default=["text"],
-        help="what to keep of the teacher",
-    )
-    label.add_argument("--pack", action="store_true", help="join clips of one speaker to windows of up to 30 s")
-    label.add_argument("--timestamps", action="store_true", help="put each segment between timestamps")
-    label.add_argument("--engine", choices=("local", "ray"), default="local", help="this process, or a Ray cluster")
-    label.add_argument("--num-actors", type=int, metavar="N", help="workers on Ray; one for each GPU or machine")
-    instead = label.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--verify",
-        action="store_true",
-        help="label nothing, check the store: against --manifest and --teacher too where they are given",
-    )
-    instead.add_argument("--merge", nargs="+", metavar="DIR", help="label nothing, bring these stores into one")
-    _add_decoding(label, manifest_required=False)
-    label.set_defaults(run=_label)
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="score a model on a manifest, or a prediction file",
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    evaluate.add_argument(
-        "--task",
-        choices=("asr", "slurp"),
-        default="asr",
-        help="what to score: asr needs --model, --manifest and --output-dir; slurp needs --predictions and --gold",
-    )
-    evaluate.add_argument("--model", help="Hub id, folder or bundled:<name>")
-    evaluate.add_argument("--predictions", metavar="FILE", help="JSONL of predicted meanings, with --task slurp")
-    evaluate.add_argument("--gold", metavar="FILE", help="annotations, such as SLURP's test.jsonl, with --task slurp")
-    evaluate.add_argument(
-        "--long-form", choices=("chunked", "sequential"), help="transcribe clips above 30 s too, in this way"
-    )
-    evaluate.add_argument("--chunk-seconds", type=float, default=30.0, help="chunk length, with --long-form chunked")
-    evaluate.add_argument("--normalizer", choices=NORMALIZERS, default="english")
-    evaluate.add_argument("--reference", choices=("text", "teacher"), default="text", help="what counts as right")
-    evaluate.add_argument("--labels-dir", help="label store of the teacher, with --reference teacher")
-    evaluate.add_argument(
-        "--decoded-dir", help="label store of this model's transcripts; OUTPUT_DIR/decoded if not given"
-    )
-    evaluate.add_argument("--digit-error-rate", action="store_true", help="also score single digits")
-    evaluate.add_argument(
-        "--group-by", nargs="+", default=[], metavar="FIELD", help="error rates by speaker, language, dialect, ..."
-    )
-    evaluate.add_argument(
-        "--bootstrap", type=int, default=1000, metavar="N", help="resamples behind the 95%% intervals; 0 for none"
-    )
-    evaluate.add_argument(
-        "--compare-with", metavar="DIR", help="output folder of another system's evaluation, for a paired bootstrap"
-    )
-    evaluate.add_argument(
-        "--non-speech-clips", type=int, default=0, metavar="N", help="also decode N clips each of noises and silence"
-    )
-    _add_decoding(evaluate, manifest_required=False, output_dir_required=False)
-    evaluate.set_defaults(run=_evaluate)
-
-    bench = commands.add_parser(
-        "bench", help="compare size, speed, memory and errors of models", formatter_class=ArgumentDefaultsHelpFormatter
-    )
-    bench.add_argument("--models", required=True, nargs="+", help="Hub ids, folders or bundled:<name>")
-    bench.add_argument("--assistant", help="student that drafts for the first model (speculative decoding)")
-    bench.add_argument("--max-clips", type=int, help="only the first so many clips of the manifest; all if not given")
-    bench.add_argument("--normalizer", choices=NORMALIZERS, default="english")
-    bench.add_argument("--batch-size", type=int, default=8, help="clips decoded together")
-    bench.add_argument("--device", help="torch device of models that are no exports; CUDA if there is one")
-    _add_transcription(bench)
-    bench.set_defaults(run=_bench, num_workers=0)
-
-    export = commands.add_parser(
-        "export", help="write a model in another format", formatter_class=ArgumentDefaultsHelpFormatter
-    )
-    export.add_argument("--model", required=True, help="Hub id, folder or bundled:<name>")
-    export.add_argument("--format", required=True, choices=("huggingface", "ctranslate2", "onnx", "ggml"))
-    export.add_argument("--output-dir", required=True, help="folder for the export; absent or empty")
-    export.add_argument(
-        "--precision",
-        metavar="P",
-        help="huggingface: float32, float16, bfloat16; ctranslate2: float32, float16, int8, int8_float16; "
-        "onnx: float32, int8; ggml: f16, q5_0; the first one if not given",
-    )
-    export.add_argument(
-        "--window-seconds", type=int, metavar="N", help="longest clip of the export; 30 if not given, less is faster"
-    )
-    export.add_argument("--max-clips", type=int, default=20, help="clips to compare with the source model")
-    _add_transcription(export, manifest_required=False)
-    export.set_defaults(run=_export, num_workers=0, batch_size=1)
-
-    scores = commands.add_parser(
-        "scores", help="score labels, to filter them without references", formatter_class=ArgumentDefaultsHelpFormatter
-    )
-    scores.add_argument("--labels", required=True, metavar="DIR", help="label store")
-    scores.add_argument("--manifest", required=True, help="manifest of its utterances")
-    scores.add_argument("--output-dir", required=True, help="folder for scores.jsonl; continued if it was begun")
-    scores.add_argument(
-        "--scores",
-        required=True,
-        nargs="+",
-        metavar="NAME",
-        help="proxy_wer, lm_nll, mean_entropy, speech_text_cosine, confidence, length_deviation, compression_ratio, "
-        "repeated_5grams, words_per_second, characters_per_second, wer or cer",
-    )
-    scores.add_argument("--proxy-labels", metavar="DIR", help="another model's label store, for proxy_wer")
-    scores.add_argument("--language-model", metavar="M", help="for lm_nll: Hub id, folder or bundled:smollm2-135m")
-    scores.add_argument("--speech-encoder", metavar="M", help="for speech_text_cosine, such as a SEGUE student")
-    scores.add_argument("--text-encoder", metavar="M", help="for speech_text_cosine, of the same space")
-    scores.add_argument("--normalizer", choices=NORMALIZERS, default="english")
-    scores.add_argument("--batch-size", type=int, default=8, help="labels that a model scores together")
-    scores.add_argument("--plot", action="store_true", help="draw each score: histogram and kept hours")
-    scores.add_argument("--device", help="torch device; CUDA if there is one")
-    scores.set_defaults(run=_scores)
-
-    doctor = commands.add_parser(
-        "doctor",
-        help="examine this machine, a configuration and a manifest",
-        usage="speechkd doctor [-h] [--config FILE] [--manifest FILE] [--json] [--section.key value ...]",
-        epilog="--section.key value changes a setting of the configuration. Ends with 2 if there are problems.",
-        allow_abbrev=False,
-    )
-    doctor.add_argument("--config", metavar="FILE", help="check this recipe configuration, without training")
-    doctor.add_argument("--manifest", metavar="FILE", help="validate this manifest")
-    doctor.set_defaults(run=_doctor)
-    for command in (label, evaluate, bench, export, scores, doctor):
-        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    return parser
-
-
-def _add_decoding(parser: ArgumentParser, manifest_required: bool = True, output_dir_required: bool = True) -> None:
-    _add_transcription(parser, manifest_required)
-    parser.add_argument("--device", help="torch device; CUDA if there is one")
-    parser.add_argument(
-        "--batch-size", type=_number_or_auto, default=16, help="clips decoded together; auto takes what a GPU holds"
-    )
-    parser.add_argument(
-        "--output-dir", required=output_dir_required, help="folder for the results; continued if it was begun"
-    )
-    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode audio")
-    parser.add_argument("--max-skipped-fraction", type=float, default=0.01, help="share of clips that may be unusable")
-
-
-def _add_transcription(parser: ArgumentParser, manifest_required: bool = True) -> None:
-    parser.add_argument("--manifest", required=manifest_required, help="JSONL manifest of data_prep")
-    parser.add_argument("--language", default="en", help="language code, or none for English-only models")
-    parser.add_argument("--whisper-task", choices=("transcribe", "translate"), default="transcribe")
-    parser.add_argument("--max-new-tokens", type=int, default=224, help="longest transcript in tokens")
 
 
 def _decoding(arguments: Namespace) -> Any:
@@ -239,11 +80,6 @@ def _decoding(arguments: Namespace) -> Any:
         max_new_tokens=arguments.max_new_tokens,
         num_workers=arguments.num_workers,
     )
-
-
-def _number_or_auto(text: str) -> int | str:
-    """A batch size of the command line."""
-    return text if text == "auto" else int(text)
 
 
 def _label(arguments: Namespace) -> dict[str, Any]:
@@ -284,23 +120,44 @@ def _label(arguments: Namespace) -> dict[str, Any]:
     }
 
 
-EVALUATION_NEEDS = {"asr": ("model", "manifest", "output_dir"), "slurp": ("predictions", "gold")}
-EVALUATION_REFUSES = {"asr": ("predictions", "gold"), "slurp": ("model", "manifest")}
+PROBING_ONLY = (
+    *("train_manifest", "dev_manifest", "trials", "queries", "dev_queries"),
+    *("features_dir", "seeds", "num_steps", "learning_rate"),
+)
+TRANSCRIPTION_ONLY = (
+    *("long_form", "labels_dir", "decoded_dir", "compare_with", "group_by", "digit_error_rate", "non_speech_clips"),
+)
+EVALUATION_NEEDS = {
+    "transcription": ("model", "manifest", "output_dir"),
+    "probing": ("model", "manifest", "output_dir"),
+    "slurp": ("predictions", "gold"),
+}
+EVALUATION_REFUSES = {
+    "transcription": ("predictions", "gold", *PROBING_ONLY),
+    "probing": ("predictions", "gold", *TRANSCRIPTION_ONLY),
+    "slurp": ("model", "manifest", *PROBING_ONLY),
+}
 
 
 def _evaluate(arguments: Namespace) -> dict[str, Any]:
     task = arguments.task
-    lacking = [_option(name) for name in EVALUATION_NEEDS[task] if getattr(arguments, name) is None]
+    kind = "probing" if task in PROBE_TASKS else task
+    if task == "asr" and arguments.train_manifest is None:
+        kind = "transcription"
+    lacking = [_option(name) for name in EVALUATION_NEEDS[kind] if getattr(arguments, name) is None]
     if lacking:
         raise ValueError(f"evaluate --task {task} needs {' and '.join(lacking)}")
-    useless = [_option(name) for name in EVALUATION_REFUSES[task] if getattr(arguments, name) is not None]
+    useless = [_option(name) for name in EVALUATION_REFUSES[kind] if getattr(arguments, name)]
     if useless:
-        raise ValueError(f"evaluate --task {task} does not use {' and '.join(useless)}; leave out or choose --task")
-    if task == "slurp":
+        probes = ", or probe with --train-manifest" if kind == "transcription" else ""
+        raise ValueError(
+            f"evaluate --task {task} does not use {' and '.join(useless)}; leave out or choose --task{probes}"
+        )
+    if kind == "slurp":
         from speechkd.metrics.slurp import evaluate_slurp
 
         return evaluate_slurp(arguments.predictions, arguments.gold, arguments.output_dir)
-    return _evaluate_asr(arguments)
+    return _probe(arguments) if kind == "probing" else _evaluate_asr(arguments)
 
 
 def _option(name: str) -> str:
@@ -336,7 +193,46 @@ def _evaluate_asr(arguments: Namespace) -> dict[str, Any]:
     )
 
 
+def _probe(arguments: Namespace) -> dict[str, Any]:
+    from speechkd.probe import evaluate_probe
+
+    if arguments.batch_size == "auto":
+        raise ValueError("--batch-size auto is for transcription; give the number of clips to encode together")
+    return evaluate_probe(
+        arguments.task,
+        arguments.model,
+        arguments.manifest,
+        arguments.output_dir,
+        train_manifest=arguments.train_manifest,
+        dev_manifest=arguments.dev_manifest,
+        trials=arguments.trials,
+        queries=arguments.queries,
+        dev_queries=arguments.dev_queries,
+        features_dir=arguments.features_dir,
+        seeds=arguments.seeds or (0,),
+        num_steps=arguments.num_steps,
+        learning_rate=arguments.learning_rate,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        max_skipped_fraction=arguments.max_skipped_fraction,
+        device=arguments.device,
+    )
+
+
 def _bench(arguments: Namespace) -> dict[str, Any]:
+    from speechkd.export.encoder_runtime import is_encoder
+
+    if arguments.manifest is None:
+        from speechkd.bench_encoders import bench_encoders
+
+        if arguments.assistant is not None or arguments.max_clips is not None:
+            raise ValueError("bench --assistant and --max-clips are for models that transcribe; give --manifest")
+        return bench_encoders(
+            arguments.models, seconds=arguments.seconds, rounds=arguments.rounds, device=arguments.device
+        )
+    encoders = [name for name in arguments.models if is_encoder(name)]
+    if encoders:
+        raise ValueError(f"{', '.join(encoders)} cannot transcribe; leave --manifest out to compare encoders on noise")
     from speechkd.bench import bench_models
 
     return bench_models(
@@ -351,6 +247,17 @@ def _bench(arguments: Namespace) -> dict[str, Any]:
 
 
 def _export(arguments: Namespace) -> dict[str, Any]:
+    from speechkd.export.encoder_runtime import is_encoder
+
+    if arguments.format == "torch_export" or is_encoder(arguments.model):
+        from speechkd.export.encoder import export_encoder
+
+        if arguments.manifest is not None or arguments.window_seconds is not None:
+            raise ValueError(
+                "the export of an encoder uses neither --manifest nor --window-seconds: its states are compared on "
+                "noise, and it takes clips of any length; leave them out"
+            )
+        return export_encoder(arguments.model, arguments.output_dir, arguments.format, arguments.precision or "float32")
     from speechkd.export import export_model
 
     return export_model(
@@ -390,9 +297,21 @@ def _doctor(arguments: Namespace) -> dict[str, Any]:
     return examine(arguments.manifest, arguments.config, arguments.overrides)
 
 
+COMMANDS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
+    "label": _label,
+    "evaluate": _evaluate,
+    "bench": _bench,
+    "export": _export,
+    "scores": _scores,
+    "doctor": _doctor,
+}
+
+
 def _readable(value: Any, indent: str = "  ") -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
+        return " ".join(map(_readable, value))
     if isinstance(value, list):
         return "".join(f"\n  - {item}" for item in value) or "none"
     if isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):

@@ -150,13 +150,13 @@ def load_frame_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(fresh_seed or 0)
         encoder, normalize_input = load_encoder(name)
+        if fresh_seed is not None:  # before the window is cut: the draws depend on its length
+            encoder = compact_encoder(encoder, len(encoder_layers(encoder)), init="random")
+            name = f"{name} with fresh weights, seed {fresh_seed}"
         if window_seconds is not None and encoder.config.model_type == "whisper":
             own_seconds = encoder.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
             if window_seconds < own_seconds:
                 shorten_encoder(encoder, window_seconds)
-        if fresh_seed is not None:
-            encoder = compact_encoder(encoder, len(encoder_layers(encoder)), init="random")
-            name = f"{name} with fresh weights, seed {fresh_seed}"
     return _frame_encoder(name, encoder, normalize_input, device)
 
 

@@ -100,14 +100,26 @@ def check_task(task: Task, data: TaskData) -> None:
     if data.train is None:
         raise ValueError(f"task {task} trains a head; give --train-manifest")
     if task in LABEL_TASKS:
-        _label_task(task, data)
+        labels, _ = _label_task(task, data)
+        if all(len(values) < 2 for values in labels.classes.values()):
+            raise ValueError(
+                f"all utterances of {data.train.path} have the same {' and '.join(labels.label_names)}, so there is "
+                f"nothing to learn; choose another task than {task}, or add utterances of other classes"
+            )
     elif task in STRING_TASKS:
         for manifest in data.manifests:
             _strings(task, manifest)
     else:
-        _texts(data.train, "speaker")
+        speakers = set(_texts(data.train, "speaker").values())
+        if len(speakers) < 2:
+            raise ValueError(
+                f"{data.train.path} has the speaker {min(speakers)!r} alone; task sv learns from two or more"
+            )
         if data.trials is None:
             raise ValueError("task sv scores pairs of clips; give --trials, a line of <1 or 0> <id> <id> each")
+        num_same = sum(same for _, _, same in data.trials)
+        if not 0 < num_same < len(data.trials):
+            raise ValueError(f"{num_same} of {len(data.trials)} trials are of one speaker; error rates need both kinds")
         unknown = {key for first, second, _ in data.trials for key in (first, second)} - set(data.test.ids)
         if unknown:
             raise ValueError(

@@ -6,9 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from speechkd import doctor
 from speechkd.cli import main, run_command
+from speechkd.models.speech_encoders import save_encoder
 
 
 def test_label_and_evaluate_print_json_and_finish_with_0(tiny_teacher, tone_manifest, tmp_path, capsys):
@@ -53,6 +57,38 @@ def test_bad_input_ends_with_2_and_its_message(tmp_path):
 def test_evaluate_says_what_its_task_lacks_or_does_not_use(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         main(["evaluate", *arguments])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+    folder = tmp_path_factory.mktemp("encoder")
+    save_encoder(WhisperEncoder(WhisperConfig(**sizes)).eval(), folder, normalize_input=False)
+    return str(folder)
+
+
+def test_encoders_are_exported_and_compared_without_a_manifest(tiny_encoder, tmp_path, capsys):
+    program = str(tmp_path / "program")
+    main(["export", "--model", tiny_encoder, "--format", "torch_export", "--output-dir", program, "--json"])
+    assert json.loads(capsys.readouterr().out)["format"] == "torch_export"
+    main(["bench", "--models", tiny_encoder, program, "--seconds", "0.5", "--rounds", "1", "--json"])
+    assert [model["name"] for model in json.loads(capsys.readouterr().out)["models"]] == [tiny_encoder, program]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--manifest", "clips.jsonl", "--models"], "cannot transcribe; leave --manifest out"),
+        (["bench", "--max-clips", "3", "--models"], "--max-clips are for models that transcribe; give --manifest"),
+        (["export", "--format", "onnx", "--output-dir", "out", "--window-seconds", "5", "--model"], "leave them out"),
+        (["export", "--format", "ggml", "--output-dir", "out", "--model"], "encoders have no format 'ggml'"),
+    ],
+)
+def test_what_is_for_transcription_is_refused_for_encoders(arguments, message, tiny_encoder, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([*arguments, tiny_encoder])
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -121,6 +121,17 @@ def test_fresh_weights_are_those_of_their_seed_and_another_encoder(tmp_path):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_fresh_weights_do_not_depend_on_the_window(tones, tmp_path):
+    save_whisper(tmp_path / "whisper")
+    waveform = load_audio(tones.parent / "audio/1.wav", 16_000)[None]
+    states = []
+    for seconds in (1, 2):
+        encoder = load_frame_encoder(str(tmp_path / "whisper"), fresh_seed=0, window_seconds=seconds)
+        with torch.no_grad():
+            states.append(encoder.encode(waveform, torch.tensor([waveform.shape[1]]))[0][:, 0, :25])
+    torch.testing.assert_close(states[0], states[1])  # of the first block's input, which hears no padding
+
+
 def test_a_killed_run_goes_on_with_the_clips_that_are_missing(tones, tmp_path, monkeypatch):
     save_hubert(tmp_path / "hubert")
     encoder, manifest = load_frame_encoder(str(tmp_path / "hubert")), read_manifest(tones)
