@@ -67,6 +67,8 @@ class DistillationTrainer(Trainer):
         eval_dataset: items to evaluate on, at `args.eval_strategy`.
         eval_sampler: their batches, for one process; the ranks share them out.
         eval_metrics: the student to further values, such as a word error rate; called on every rank.
+        parameter_groups: the student to groups of `args.optim`, whose own learning rates follow the one schedule; None
+            for those of `Trainer`.
     """
 
     model: PreTrainedModel
@@ -86,6 +88,7 @@ class DistillationTrainer(Trainer):
         eval_dataset: Dataset | None = None,
         eval_sampler: DurationBatchSampler | None = None,
         eval_metrics: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        parameter_groups: Callable[[Any], list[dict[str, Any]]] | None = None,
     ) -> None:
         patience = args.early_stopping_patience
         stopping: list[TrainerCallback] = [] if patience is None else [EarlyStoppingCallback(patience)]
@@ -106,6 +109,7 @@ class DistillationTrainer(Trainer):
                 compile_blocks(model, **args.block_compiler)
         self.sampler, self.loss_terms, self.count_items = sampler, loss_terms, count_items
         self.eval_sampler, self.eval_metrics = eval_sampler, eval_metrics
+        self.parameter_groups = parameter_groups
         if args.ema_decay is not None and self.is_fsdp_enabled:
             raise ValueError(
                 "trainer.ema_decay does not work with sharded weights; set it to null or train without fsdp"
@@ -130,6 +134,14 @@ class DistillationTrainer(Trainer):
             fully_shard(block)
         fully_shard(teacher)
         return teacher
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """That of `args.optim`, over the groups of `parameter_groups` where there are any."""
+        if self.optimizer is None and self.parameter_groups is not None:
+            student = self.model if model is None else model
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, student)
+            self.optimizer = optimizer_class(self.parameter_groups(student), **options)
+        return super().create_optimizer(model)
 
     def train(
         self,

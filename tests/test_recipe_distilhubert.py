@@ -21,11 +21,11 @@ from transformers import AutoFeatureExtractor, AutoModel, get_linear_schedule_wi
 
 sys.path.append(str(ROOT / "recipes/distilhubert"))  # behind the others: its train.py is loaded by path
 
-from encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, collate_clips
 from encoder_objective import LossConfig, SharedFrames, count_items, loss_terms
 
 from speechkd.check_config import check_config
 from speechkd.config import parse_config
+from speechkd.data.encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, collate_clips
 from speechkd.data.manifest import read_manifest, write_manifest
 from speechkd.estimate import load_recipe
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, masked_info_nce, normalize_frames

@@ -131,6 +131,26 @@ def test_the_teacher_is_in_no_checkpoint_and_in_no_optimizer(tmp_path):
     assert all(p.grad is None for p in trainer.teacher.parameters())
 
 
+def test_groups_of_a_method_have_their_own_learning_rates_under_one_schedule(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=4, lr_scheduler_type="linear", optim="sgd", max_grad_norm=0.0)
+
+    def groups(student):
+        first, *others = [weight for weight in student.parameters() if weight.requires_grad]
+        return [{"params": [first], "lr": 0.0}, {"params": others, "lr": 0.5, "maximize": True}]
+
+    trainer.parameter_groups = groups
+    before, rates = weights_of(trainer), []
+    trainer.optimizer = trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[1]["lr"]))
+    trainer.train()
+    assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125])
+    losses = [row["loss/total"] for row in trainer.state.log_history if "loss/total" in row]
+    assert losses[-1] > losses[0]  # it climbed
+    first = next(name for name, weight in trainer.model.named_parameters() if weight.requires_grad)
+    after = weights_of(trainer)
+    assert after[first].equal(before[first]) and any(not after[name].equal(before[name]) for name in before)
+
+
 def test_a_frozen_encoder_is_unchanged_after_training(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2)
     before = {name: weight.clone() for name, weight in trainer.model.model.encoder.state_dict().items()}

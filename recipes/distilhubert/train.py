@@ -15,16 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, collate_clips
 from encoder_objective import LossConfig, SharedFrames, count_items, loss_terms
 from transformers import PreTrainedModel, set_seed
 
 from speechkd.cli import run_command
 from speechkd.config import parse_config
-from speechkd.data.features import SAMPLE_RATE_HZ, SAMPLES_PER_POSITION
-from speechkd.data.sampler import DurationBatchSampler
+from speechkd.data.encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, clip_sampler, collate_clips
 from speechkd.doctor import hardware_name
 from speechkd.files import write_json
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, colld_layers
@@ -163,30 +160,6 @@ def hearing(encoder: PreTrainedModel, normalize_input: bool) -> dict[str, Any]:
     return facts | {"do_normalize": normalize_input and config.model_type in WAVEFORM_ENCODERS}
 
 
-def whisper_window(student: CompactStudent) -> float | None:
-    """What a Whisper computes of every clip; None for encoders that hear clips as they are."""
-    if student.inputs.kind != "whisper":
-        return None
-    return student.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
-
-
-def heard_seconds(clips: ClipSet, window_seconds: float | None) -> np.ndarray:
-    """Seconds that the models compute for each clip, (clips,).
-
-    Raises:
-        ValueError: clips are longer than the window.
-    """
-    durations = clips.durations_seconds
-    if window_seconds is None:
-        return durations
-    if durations.max() > window_seconds:
-        raise ValueError(
-            f"the longest clip has {durations.max():.1f} s and the encoder hears {window_seconds:g} s; lower "
-            "data.crop_seconds to that, or raise teacher.window_seconds"
-        )
-    return np.full(len(durations), window_seconds)
-
-
 def describe_run(
     config: DistilHubertConfig, identity: dict[str, Any], student: CompactStudent, layers: list[int], clips: ClipSet
 ) -> dict[str, Any]:
@@ -274,7 +247,7 @@ def build_trainer(config: DistilHubertConfig) -> tuple[DistillationTrainer, dict
     identity = teacher_identity(name, teacher)
     student, layers = build_student(config, teacher, normalize_input)
     frames = SharedFrames(student.inputs, EncoderInputs(teacher, normalize_input=normalize_input))
-    heard = whisper_window(student)
+    window_seconds = student.inputs.window_seconds
     data, loss, output_dir = config.data, config.loss, Path(config.trainer.output_dir)
     spans = None
     if loss.method == "colld":
@@ -284,27 +257,26 @@ def build_trainer(config: DistilHubertConfig) -> tuple[DistillationTrainer, dict
     with config.trainer.main_process_first(desc="preparing the data"):
         train_set, left_out = build(data.train_manifest, output_dir=output_dir)
         dev_set = None if data.dev_manifest is None else build(data.dev_manifest, output_dir=output_dir / "dev")[0]
-    limits = {"max_batch_seconds": data.max_batch_seconds, "max_batch_size": data.max_batch_size}
     trainer = DistillationTrainer(
         student,
         teacher,
         args=config.trainer,
         train_dataset=train_set,
-        collate=partial(collate_clips, window_seconds=heard, spans=spans),
-        sampler=DurationBatchSampler(
-            heard_seconds(train_set, heard),
-            **limits,
+        collate=partial(collate_clips, window_seconds=window_seconds, spans=spans),
+        sampler=clip_sampler(
+            train_set,
+            data,
+            window_seconds,
             seed=config.trainer.seed,
             rank=config.trainer.process_index,
             world_size=config.trainer.world_size,
-            sort_keys=train_set.durations_seconds,
         ),
         loss_terms=partial(
             loss_terms, frames=frames, layers=layers, weights=loss, teacher_dropout=config.teacher.dropout
         ),
         count_items=partial(count_items, num_frames=frames, num_layers=len(layers)),
         eval_dataset=dev_set,
-        eval_sampler=None if dev_set is None else DurationBatchSampler(heard_seconds(dev_set, heard), **limits),
+        eval_sampler=None if dev_set is None else clip_sampler(dev_set, data, window_seconds),
     )
     return trainer, {**describe_run(config, identity, student, layers, train_set), "left_out": left_out}
 

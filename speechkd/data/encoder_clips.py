@@ -20,6 +20,7 @@ from speechkd.data.features import SAMPLE_RATE_HZ
 from speechkd.data.hub import read_utterances
 from speechkd.data.loader import pad_waveforms
 from speechkd.data.manifest import Manifest
+from speechkd.data.sampler import DurationBatchSampler
 from speechkd.losses.layerwise import span_mask
 
 logger = logging.getLogger(__name__)
@@ -205,3 +206,39 @@ def build_clips(
         )
     clips = ClipSet(manifest.select(kept), data.crop_seconds, shortest_samples=shortest_samples, seed=seed)
     return clips, {"num_undecodable": len(manifest) - len(usable), "num_short": num_short}
+
+
+def clip_sampler(
+    clips: ClipSet, data: DataConfig, window_seconds: float | None, *, seed: int = 0, rank: int = 0, world_size: int = 1
+) -> DurationBatchSampler:
+    """Batches of clips of similar length.
+
+    Args:
+        clips: the clips.
+        data: limits of a batch.
+        window_seconds: what a Whisper computes of every clip; None for encoders that hear clips as they are.
+        seed: of the shuffling.
+        rank: index of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: clips are longer than the window.
+    """
+    durations = clips.durations_seconds
+    heard = durations
+    if window_seconds is not None:
+        if durations.max() > window_seconds:
+            raise ValueError(
+                f"the longest clip has {durations.max():.1f} s and the encoder hears {window_seconds:g} s; lower "
+                "data.crop_seconds to that, or raise teacher.window_seconds"
+            )
+        heard = np.full(len(durations), window_seconds)
+    return DurationBatchSampler(
+        heard,
+        data.max_batch_seconds,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        max_batch_size=data.max_batch_size,
+        sort_keys=durations,
+    )
