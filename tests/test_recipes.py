@@ -33,7 +33,7 @@ def label_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def labels(tiny_teacher: str, tone_manifest: Path, label_cache: Path) -> Path:
     folder = tone_manifest.parent / "labels"
     if not label_cache.exists():
-        decoding, targets = DecodingConfig(max_new_tokens=6), ("text", "encoder_states")
+        decoding, targets = DecodingConfig(max_new_tokens=6), ("text", "encoder_states", "decoder_states")
         label_manifest(tiny_teacher, tone_manifest, label_cache, decoding=decoding, targets=targets)
     for split in ("train", "test"):
         shutil.copytree(label_cache, folder / split)
@@ -169,7 +169,7 @@ def test_windows_are_trained_on_with_timestamps_and_the_text_before(tiny_teacher
         rows.append({**row, "text": "a tone"})
     write_manifest(tmp_path / "clips.jsonl", rows)
     decoding = DecodingConfig(max_new_tokens=6, timestamps=True)
-    options = {"decoding": decoding, "targets": ("text", "encoder_states"), "pack": True}
+    options = {"decoding": decoding, "targets": ("text", "encoder_states", "decoder_states"), "pack": True}
     label_manifest(tiny_teacher, tmp_path / "clips.jsonl", tmp_path / "labels/train", **options)
     more = ["--data.pack=true", "--decoding.timestamps=true", "--data.timestamp_probability=0.5"]
     more += ["--data.previous_text_probability=1.0", "--filters.drop_all_caps=false"]
@@ -197,7 +197,13 @@ def test_a_language_that_the_teacher_lacks_is_refused(tiny_teacher, tone_manifes
 def test_corpora_of_two_languages_share_the_steps(tiny_teacher, tone_manifest, labels):
     german = tone_manifest.parent / "labels-de"
     decoding = DecodingConfig(max_new_tokens=6, language="de")
-    label_manifest(tiny_teacher, tone_manifest, german / "train", decoding=decoding, targets=("text", "encoder_states"))
+    label_manifest(
+        tiny_teacher,
+        tone_manifest,
+        german / "train",
+        decoding=decoding,
+        targets=("text", "encoder_states", "decoder_states"),
+    )
     corpora = f"[{{train_manifest: {tone_manifest}, labels_dir: {german}, language: de, weight: 1}}]"
     more = [f"--data.extra_corpora={corpora}", "--trainer.max_steps=4", "--trainer.save_steps=2"]
     argv = arguments(FSDD, tiny_teacher, tone_manifest, labels, *more)
