@@ -75,7 +75,7 @@ def test_every_recipe_trains_two_steps(path, tiny_teacher, tone_manifest, labels
     moved = {name for name in before if not before[name].equal(after[name])}
     assert moved and not any(".encoder." in name or "decoder.embed_positions" in name for name in moved)
     card = (run / "student/README.md").read_text()
-    assert "weights SHA-256" in card and "0.8 CE + 1 KL(teacher, T=2, T^2)" in card
+    assert "weights SHA-256" in card and "0.8 CE + 1 KL(" in card and "teacher, T=2, T^2)" in card
 
 
 def test_a_student_is_scored_and_loads_in_stock_transformers(tiny_teacher, tone_manifest, labels):
@@ -172,7 +172,7 @@ def test_windows_are_trained_on_with_timestamps_and_the_text_before(tiny_teacher
     options = {"decoding": decoding, "targets": ("text", "encoder_states", "decoder_states"), "pack": True}
     label_manifest(tiny_teacher, tmp_path / "clips.jsonl", tmp_path / "labels/train", **options)
     more = ["--data.pack=true", "--decoding.timestamps=true", "--data.timestamp_probability=0.5"]
-    more += ["--data.previous_text_probability=1.0", "--filters.drop_all_caps=false"]
+    more += ["--data.previous_text_probability=1.0", "--filters.drop_all_caps=false", "--teacher.stored_outputs=null"]
     train.main(arguments(FSDD, tiny_teacher, tmp_path / "clips.jsonl", tmp_path / "labels", *more))
     run = json.loads((tmp_path / "run/run.json").read_text())
     assert run["train_utterances"] == 3 and run["train_hours"] == pytest.approx(60 / 3600)
