@@ -43,7 +43,7 @@ def without_a_trial(manifest: Path, *more: str) -> list[str]:
 def test_a_sound_configuration_gets_estimates_that_a_real_run_confirms(tiny_teacher, tone_manifest, tmp_path, capsys):
     labels = tmp_path / "labels"
     decoding = DecodingConfig(max_new_tokens=6)
-    targets = ("text", "encoder_states")
+    targets = ("text", "encoder_states", "decoder_states")
     label_manifest(tiny_teacher, tone_manifest, labels / "train", decoding=decoding, targets=targets)
     test_manifest = write_tones(tmp_path / "test.jsonl", "test")
     argv = [*arguments(FSDD, tiny_teacher, tone_manifest, labels), f"--data.test_manifest={test_manifest}"]
@@ -85,7 +85,7 @@ def test_all_problems_are_named_at_once_each_with_its_way_out(tone_manifest, tmp
     assert "data.dev_manifest: manifest" in problems and "run.sh fsdd --corpus-dir DIR --stop-stage 1`" in problems
     for split in ("train", "dev"):
         assert f"no-labels/{split} holds no label store" in problems
-    assert "--targets text encoder_states --language en --whisper-task transcribe --max-new-tokens 6`" in problems
+    assert "--targets text encoder_states decoder_states --language en --whisper-task transcribe --max-new-tokens 6`" in problems
     assert "6 utterance ids are both in data.train_manifest and data.test_manifest" in problems
     assert "not_made: time, memory and checkpoint size: teacher.name=" in printed
     assert not (tmp_path / "run").exists() and not (tmp_path / "no-labels").exists()
@@ -139,7 +139,8 @@ def test_speakers_in_train_and_test_are_advice_and_no_problem(tmp_path):
 def test_a_trial_that_fails_is_a_problem_with_its_reason(tiny_teacher, tone_manifest, tmp_path):
     labels = tmp_path / "labels"
     decoding = DecodingConfig(max_new_tokens=6)
-    label_manifest(tiny_teacher, tone_manifest, labels / "train", decoding=decoding)
+    targets = ("text", "decoder_states")
+    label_manifest(tiny_teacher, tone_manifest, labels / "train", decoding=decoding, targets=targets)
     header = labels / "train/header.json"
     header.write_text(header.read_text().replace('"weights_sha256": "', '"weights_sha256": "0'))
     argv = [*arguments(FSDD, tiny_teacher, tone_manifest, labels), "--teacher.cache_encoder_states=false"]

@@ -61,11 +61,11 @@ def test_faster_whisper_loads_the_folder_and_gives_every_word_a_time(exported, p
     faster_whisper = pytest.importorskip("faster_whisper", exc_type=ImportError)
     model = faster_whisper.WhisperModel(str(exported[precision]), device="cpu", cpu_threads=1)
     assert model.hf_tokenizer.token_to_id("<|startoftranscript|>") == 50258
-    segments, _ = model.transcribe(
-        noise(2.0, 0), language="en", beam_size=1, temperature=0.0, word_timestamps=True, max_new_tokens=8
-    )
-    for segment in segments:
-        assert segment.text.strip() == "".join(word.word for word in segment.words).strip()
+    # one segment: where a random model's int8 puts timestamp tokens depends on the processor
+    options = {"language": "en", "beam_size": 1, "temperature": 0.0, "max_new_tokens": 8, "without_timestamps": True}
+    [segment] = model.transcribe(noise(2.0, 0), word_timestamps=True, **options)[0]
+    assert segment.words and segment.text.strip() == "".join(word.word for word in segment.words).strip()
+    assert all(word.start <= word.end for word in segment.words)
 
 
 def test_mel_bins_of_large_v3_reach_faster_whisper(tiny_teacher, tmp_path):

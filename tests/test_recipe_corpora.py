@@ -175,7 +175,8 @@ def test_doctor_checks_every_corpus(tmp_path):
         f" {{train_manifest: {tmp_path / 'no.jsonl'}}}]"
     )
     given = arguments(FSDD, str(tmp_path / "no-teacher"), Path(main["train_manifest"]), Path(main["labels_dir"]))
-    more = ["--teacher.cache_encoder_states=false", "--data.pack=true", f"--data.extra_corpora={corpora}"]
+    more = ["--teacher.cache_encoder_states=false", "--teacher.stored_outputs=null", "--data.pack=true"]
+    more += [f"--data.extra_corpora={corpora}"]
     facts = check_config(FSDD, [*given[2:], *more])
     problems = "\n".join(facts["problems"])
     command = f"--manifest {main['train_manifest']} --output-dir {missing}/train --language fr"

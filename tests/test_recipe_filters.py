@@ -25,7 +25,7 @@ def scored(tiny_teacher, tone_manifest, tmp_path):
         tone_manifest,
         tmp_path / "labels/train",
         decoding=DecodingConfig(max_new_tokens=6),
-        targets=("text", "encoder_states"),
+        targets=("text", "encoder_states", "decoder_states"),
     )
     tiny_language_model().save_pretrained(tmp_path / "language-model")
     word_tokenizer(bos_token="<s>", unk_token="<unk>").save_pretrained(tmp_path / "language-model")

@@ -360,7 +360,8 @@ def test_a_run_from_stored_targets_says_so_and_needs_no_live_teacher(run, tone_m
     stored, log = run("--teacher.stored_outputs=topk", "--loss.temperature=1.0")
     assert stored["teacher_outputs"] == "stored" and "KL(stored top-k of the teacher, T=1" in stored["loss"]
     assert stored["teacher"]["weights_sha256"] and stored["decoder_layers_kept"] == [0, 2]
-    live, live_log = run("--loss.temperature=1.0", f"--trainer.output_dir={tone_manifest.parent / 'live'}")
+    options = ("--teacher.stored_outputs=null", "--loss.temperature=1.0")
+    live, live_log = run(*options, f"--trainer.output_dir={tone_manifest.parent / 'live'}")
     assert live["teacher_outputs"] == "live"
     for ours, theirs in zip(log, live_log, strict=True):
         assert ours["loss/cross_entropy"] == pytest.approx(theirs["loss/cross_entropy"], rel=1e-2)
@@ -397,6 +398,7 @@ def test_a_run_from_stored_decoder_states_ends_with_the_student_of_the_live_teac
 def test_an_encoder_of_its_own_is_trained_on_masked_features_and_hidden_states(run, tone_manifest):
     _, log = run(
         "--teacher.cache_encoder_states=false",
+        "--teacher.stored_outputs=null",
         "--student.freeze_encoder=false",
         "--student.spec_augment.num_time_masks=1",
         "--loss.hidden_mse=0.5",
@@ -410,7 +412,7 @@ def test_an_encoder_of_its_own_is_trained_on_masked_features_and_hidden_states(r
 
 def test_a_resumed_on_policy_run_ends_with_the_same_student(run, tone_manifest):
     options = ("--loss.on_policy_fraction=0.5", "--loss.divergence=js", "--trainer.max_steps=4")
-    options += ("--trainer.save_total_limit=4",)
+    options += ("--teacher.stored_outputs=null", "--trainer.save_total_limit=4")
     whole, part = (tone_manifest.parent / name for name in ("whole", "part"))
     _, log = run(*options, f"--trainer.output_dir={whole}")
     assert {row["loss/on_policy"] for row in log} == {0.0, 1.0}
