@@ -24,8 +24,9 @@ lint: install
 	ruff format --check .
 	mypy
 
+# a file of tests to a process, and one thread to each
 test: install
-	pytest -m "not e2e and not gpu and not reliability"
+	OMP_NUM_THREADS=1 pytest -n logical --maxprocesses 8 --dist loadfile -m "not e2e and not gpu and not reliability"
 
 test-reliability: install
 	pytest -m reliability tests/reliability

@@ -195,7 +195,7 @@ def test_a_killed_worker_ends_the_run_within_seconds_and_says_what_to_do(num_ski
         with explain_dead_workers():
             for _ in skip_first_batches(loader, num_skipped) if num_skipped else loader:
                 pass
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60  # and not the 5 minutes after which PyTorch gives up
 
 
 def test_other_errors_are_not_explained_as_dead_workers():
