@@ -85,7 +85,8 @@ def test_all_problems_are_named_at_once_each_with_its_way_out(tone_manifest, tmp
     assert "data.dev_manifest: manifest" in problems and "run.sh fsdd --corpus-dir DIR --stop-stage 1`" in problems
     for split in ("train", "dev"):
         assert f"no-labels/{split} holds no label store" in problems
-    assert "--targets text encoder_states decoder_states --language en --whisper-task transcribe --max-new-tokens 6`" in problems
+    targets = "--targets text encoder_states decoder_states --language en"
+    assert f"{targets} --whisper-task transcribe --max-new-tokens 6`" in problems
     assert "6 utterance ids are both in data.train_manifest and data.test_manifest" in problems
     assert "not_made: time, memory and checkpoint size: teacher.name=" in printed
     assert not (tmp_path / "run").exists() and not (tmp_path / "no-labels").exists()
