@@ -26,10 +26,16 @@ from speechkd.losses.layers import stack_layers
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads
 from speechkd.models.encoder_inputs import EncoderInputs, encoder_layers
 from speechkd.models.speech_encoders import save_encoder
+from speechkd.models.thinner_encoder import fitted_weights, set_widths
 
 
 def compact_encoder(
-    teacher: PreTrainedModel, num_layers: int, *, init: Literal["teacher", "random"] = "teacher"
+    teacher: PreTrainedModel,
+    num_layers: int,
+    *,
+    init: Literal["teacher", "random"] = "teacher",
+    conv_dim: int | Sequence[int] | None = None,
+    intermediate_size: int | None = None,
 ) -> PreTrainedModel:
     """An encoder of the teacher's class with fewer layers, in float32; no layer is ever dropped, nothing masked.
 
@@ -43,9 +49,12 @@ def compact_encoder(
         num_layers: layers of the student, 1 to the teacher's.
         init: "random" starts as the class does, with N(0, 0.02) in the layers' linear maps, but for the positional
             convolution of HuBERT, wav2vec 2.0 and WavLM: N(0, sqrt(4 / (kernel * width))), as in the paper's code.
+        conv_dim: channels of the convolutions over the waveform, one number for all or one for each; None keeps the
+            teacher's. Of fewer, those that weigh most are taken; see `fitted_weights`.
+        intermediate_size: feed-forward units of each layer, more or fewer than the teacher's; None keeps them.
 
     Raises:
-        ValueError: no such encoder, or more layers than the teacher has.
+        ValueError: no such encoder, more layers than the teacher has, or widths that it cannot have.
     """
     num_teacher_layers = len(encoder_layers(teacher))
     if not 1 <= num_layers <= num_teacher_layers:
@@ -57,6 +66,7 @@ def compact_encoder(
         raise ValueError(f"init must be teacher or random, got {init!r}")
     config: Any = copy.deepcopy(teacher.config)
     config.num_hidden_layers = num_layers
+    set_widths(config, conv_dim, intermediate_size)
     config.mask_time_prob = config.mask_feature_prob = 0.0
     config.apply_spec_augment = False
     if config.model_type == "whisper":
@@ -70,7 +80,9 @@ def compact_encoder(
     student = type(teacher)(config)
     if init == "teacher":
         taken = student.state_dict().keys() - set(fresh)
-        weights = {key: value for key, value in teacher.state_dict().items() if key in taken}
+        is_resized = conv_dim is not None or intermediate_size is not None
+        weights = fitted_weights(teacher, student) if is_resized else teacher.state_dict()
+        weights = {key: value for key, value in weights.items() if key in taken}
         student.load_state_dict(weights, strict=not fresh)
     elif config.model_type in ("hubert", "wav2vec2", "wavlm"):
         _start_positions(student)
