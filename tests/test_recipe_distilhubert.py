@@ -287,6 +287,9 @@ def test_settings_that_do_not_fit_are_refused(capsys):
         (["--data.max_skipped_fraction=2"], "data.max_skipped_fraction must be 0 to 1, got 2"),
         (["--data.num_workers=-1"], "data.num_workers must be 0 or more, got -1"),
         (["--trainer.eval_strategy=epoch"], "needs data.dev_manifest"),
+        (["--student.conv_dim=wide"], "student.conv_dim"),
+        (["--student.conv_dim=8", "--student.init_from=x"], "student.conv_dim=8 is for a student made of the teacher"),
+        (["--student.intermediate_size=8", "--student.init_from=x"], "student.init_from=x comes with its widths"),
     ):
         with pytest.raises(SystemExit) as stopped:
             parse_config(train.DistilHubertConfig, ["--config", str(BARISTA), "--trainer.use_cpu=true", *wrong])
@@ -458,6 +461,19 @@ def test_a_run_may_start_from_another_student(hubert, manifest, tmp_path):
 
 
 @pytest.mark.recipe
+@pytest.mark.parametrize(("conv_dim", "widths"), [("8", [8] * 7), ("[4,8,8,16,16,16,16]", [4, 8, 8, 16, 16, 16, 16])])
+def test_a_student_with_thinner_convolutions_trains_and_is_loaded_by_stock_transformers(
+    conv_dim, widths, hubert, manifest, tmp_path
+):
+    more = (f"--student.conv_dim={conv_dim}", "--student.num_layers=3", "--student.intermediate_size=40")
+    train.main(arguments(PAPER, hubert, manifest, *more))
+    loaded, info = AutoModel.from_pretrained(tmp_path / "run/student", output_loading_info=True)
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    assert list(loaded.config.conv_dim) == widths and not info["missing_keys"] and len(loaded.encoder.layers) == 3
+    assert facts["parameters"] == loaded.num_parameters() and facts["encoder_layers"] == 3
+
+
+@pytest.mark.recipe
 def test_the_development_set_is_scored_alike_each_time(whisper, manifest, tmp_path):
     more = [f"--data.dev_manifest={manifest}", "--trainer.eval_strategy=steps", "--trainer.eval_steps=1"]
     more += ["--trainer.learning_rate=0"]
@@ -486,6 +502,7 @@ def test_teachers_and_students_that_do_not_fit_are_refused(hubert, whisper, mani
     bert = saved_teacher(tmp_path / "bert", "wav2vec2-bert")
     message = refused(RECIPE / "colld_librispeech.yaml", bert, "--student.feature_grad_mult=0.1")
     assert "a w2v-BERT has no convolutions before its projection; set it to 1" in message
+    assert "conv_dim=8, but a whisper has no convolutions" in refused(BARISTA, whisper, "--student.conv_dim=8")
 
 
 @pytest.mark.recipe

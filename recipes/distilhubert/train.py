@@ -66,12 +66,25 @@ class StudentConfig:
         init: teacher takes the convolutions and the first layers of the teacher, random none.
         init_from: an encoder to start from instead, folder or Hub id, that hears what the teacher hears; null for none.
         feature_grad_mult: factor of the gradient into the convolutions; 0 freezes them, w2v-BERT has none and takes 1.
+        conv_dim: channels of its convolutions, one number for all or a list with one for each; null for the teacher's.
+            Not for Whisper and w2v-BERT.
+        intermediate_size: units of its feed-forward layers; null for the teacher's. Not for w2v-BERT.
     """
 
     num_layers: int = 2
     init: Literal["teacher", "random"] = "teacher"
     init_from: str | None = None
     feature_grad_mult: float = 0.1
+    conv_dim: int | list[int] | None = None
+    intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("conv_dim", "intermediate_size"):
+            if self.init_from is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"student.{name}={getattr(self, name)} is for a student made of the teacher, but the encoder of "
+                    f"student.init_from={self.init_from} comes with its widths; leave one of the two out"
+                )
 
 
 @dataclass(kw_only=True)
@@ -112,10 +125,17 @@ def build_student(
         normalize_input: whether it expects waveforms of mean 0 and variance 1.
 
     Raises:
-        ValueError: the teacher lacks a layer, the student is deeper than it, or `init_from` hears something else.
+        ValueError: the teacher lacks a layer, the student is deeper or wider than it can be, or `init_from` hears
+            something else.
     """
     if config.student.init_from is None:
-        encoder = compact_encoder(teacher, config.student.num_layers, init=config.student.init)
+        encoder = compact_encoder(
+            teacher,
+            config.student.num_layers,
+            init=config.student.init,
+            conv_dim=config.student.conv_dim,
+            intermediate_size=config.student.intermediate_size,
+        )
     else:
         encoder = load_start(config, teacher, normalize_input)
     widths = (encoder.config.hidden_size, teacher.config.hidden_size)
