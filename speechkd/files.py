@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,36 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Fill a folder under a temporary name beside `path` and rename it at the end.
+
+    Args:
+        path: final name.
+        replace: remove an earlier folder of this name first; else `path` must be empty or absent.
+
+    Yields:
+        The temporary folder, empty. If the block raises, it is removed and `path` stays as it was.
+
+    Raises:
+        OSError: the disk is full; the message says what to do.
+        ValueError: another process fills the folder.
+    """
+    path = Path(path)
+    work_dir = path.with_name(f".{path.name}.tmp")
+    with full_disk_explained(path), folder_lock(work_dir):
+        temporary = work_dir / "content"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        temporary.mkdir()
+        try:
+            yield temporary
+            if replace:
+                shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(work_dir, ignore_errors=True)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from speechkd.files import atomic_write, folder_lock, read_jsonl, write_json, write_jsonl
+from speechkd.files import atomic_folder, atomic_write, folder_lock, read_jsonl, write_json, write_jsonl
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
@@ -16,6 +16,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
         raise RuntimeError
     assert "old" in (tmp_path / "a.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_failed_folder_leaves_the_old_one_and_no_rest(tmp_path):
+    (tmp_path / ".a.tmp/content/abandoned").mkdir(parents=True)  # of a run that was killed
+    with atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "old").touch()
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a", replace=True) as temporary:
+        (temporary / "half").touch()
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "old"]
+
+
+def test_a_folder_takes_the_place_of_an_earlier_one_only_where_that_is_asked_for(tmp_path):
+    for replace in (False, True):
+        with atomic_folder(tmp_path / "a", replace=replace) as temporary:
+            (temporary / f"replace-{replace}").touch()
+    with pytest.raises(OSError, match="not empty"), atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "third").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["replace-True"]
 
 
 def test_a_full_disk_is_said_and_what_was_there_is_kept(tmp_path):

@@ -6,8 +6,6 @@ under torchrun or accelerate too. A killed run carries on from its last checkpoi
 """
 
 import logging
-import os
-import shutil
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -23,7 +21,7 @@ from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, clip_sampler, collate_clips
 from speechkd.doctor import hardware_name
-from speechkd.files import write_json
+from speechkd.files import atomic_folder, write_json
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, colld_layers
 from speechkd.models.distilhubert import CompactStudent, check_target_layers, compact_encoder
 from speechkd.models.encoder_inputs import WAVEFORM_ENCODERS, EncoderInputs, encoder_layers
@@ -250,12 +248,9 @@ def model_card(run: dict[str, Any]) -> str:
 
 def save_student(student: CompactStudent, run: dict[str, Any], output_dir: Path) -> None:
     """Write the encoder without its heads, and its card; the folder is complete or absent."""
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    student.save_encoder(temporary)
-    (temporary / "README.md").write_text(model_card(run), encoding="utf-8")
-    shutil.rmtree(output_dir, ignore_errors=True)
-    os.replace(temporary, output_dir)
+    with atomic_folder(output_dir, replace=True) as temporary:
+        student.save_encoder(temporary)
+        (temporary / "README.md").write_text(model_card(run), encoding="utf-8")
 
 
 def build_trainer(config: DistilHubertConfig) -> tuple[DistillationTrainer, dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from speechkd.files import atomic_folder
 from speechkd.models.encoder_inputs import encoder_layers
 from speechkd.models.pruned_encoder import PrunedEncoderModel, mark_initialized
 from speechkd.models.pruning import GatedEncoder, GateKind, LayerProjections
@@ -127,16 +126,13 @@ def save_student(
         output_dir: the folder.
         normalize_input: whether the encoder expects waveforms of mean 0 and variance 1.
     """
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    encoder.save_pretrained(temporary)
-    feature_extractor(encoder.encoder.config, normalize_input=normalize_input).save_pretrained(temporary)
-    if projections is not None:
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in projections.state_dict().items()}
-        save_file(weights, temporary / PROJECTIONS_FILE)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(output_dir, ignore_errors=True)
-    os.replace(temporary, output_dir)
+    with atomic_folder(output_dir, replace=True) as temporary:
+        encoder.save_pretrained(temporary)
+        feature_extractor(encoder.encoder.config, normalize_input=normalize_input).save_pretrained(temporary)
+        if projections is not None:
+            weights = {name: weight.detach().cpu().contiguous() for name, weight in projections.state_dict().items()}
+            save_file(weights, temporary / PROJECTIONS_FILE)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def widths(encoder: PrunedEncoderModel) -> dict[str, Any]:

@@ -5,8 +5,6 @@ Tan et al. 2023, https://arxiv.org/abs/2305.12301. Launch: python recipes/segue/
 """
 
 import logging
-import os
-import shutil
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -23,7 +21,7 @@ from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.sampler import DurationBatchSampler
 from speechkd.doctor import hardware_name
-from speechkd.files import write_json
+from speechkd.files import atomic_folder, write_json
 from speechkd.labels.decoding import DecodingConfig
 from speechkd.labels.filters import FilterConfig
 from speechkd.models.segue import SegueEncoder
@@ -228,12 +226,9 @@ def model_card(run: dict[str, Any], scores: dict[str, Any] | None = None) -> str
 
 def save_student(student: SegueEncoder, run: dict[str, Any], output_dir: Path) -> None:
     """Write the encoder, its pooling note and its card; the folder is complete or absent."""
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    student.save_encoder(temporary, teacher=run["teacher"])
-    (temporary / "README.md").write_text(model_card(run), encoding="utf-8")
-    shutil.rmtree(output_dir, ignore_errors=True)
-    os.replace(temporary, output_dir)
+    with atomic_folder(output_dir, replace=True) as temporary:
+        student.save_encoder(temporary, teacher=run["teacher"])
+        (temporary / "README.md").write_text(model_card(run), encoding="utf-8")
 
 
 def build_trainer(config: SegueConfig) -> tuple[DistillationTrainer, dict[str, Any]]:

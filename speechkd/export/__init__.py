@@ -1,8 +1,6 @@
 """Students in formats that other tools read."""
 
 import logging
-import os
-import shutil
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +56,7 @@ def export_model(
     from speechkd.export.onnx import ONNX_PRECISIONS, export_onnx
     from speechkd.export.parity import check_clips_fit, check_parity, log_parity
     from speechkd.export.transcribers import EXPORT_FILE, huggingface_transcriber, load_transcriber, read_export
-    from speechkd.files import folder_lock, full_disk_explained, write_json
+    from speechkd.files import atomic_folder, write_json
     from speechkd.labels.decoding import DecodingConfig
     from speechkd.models.whisper import shorten_window
     from speechkd.teachers import load_processor, load_whisper, resolve_model, teacher_identity
@@ -109,35 +107,27 @@ def export_model(
         logger.warning(
             "float16 weights of CTranslate2 are computed in float16 on a GPU; a CPU falls back to float32 for them"
         )
-    work_dir = output_dir.with_name(f".{output_dir.name}.tmp")
-    with full_disk_explained(output_dir), folder_lock(work_dir):
-        written = work_dir / "export"
-        shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
-        written.mkdir()
-        try:
-            if window_seconds is not None and format_name != "ctranslate2":
-                export_short_window(folder, work_dir / "short", window_seconds)
-                folder = work_dir / "short"
-            write_format(folder, written, precision=precision)
+    with atomic_folder(output_dir) as written:
+        if window_seconds is not None and format_name != "ctranslate2":
+            export_short_window(folder, written.with_name("short"), window_seconds)
+            folder = written.with_name("short")
+        write_format(folder, written, precision=precision)
+        write_json(written / EXPORT_FILE, export)
+        if manifest_path is None:
+            logger.warning("NO PARITY CHECK: nothing was transcribed; give --manifest to compare on its clips")
+        else:
+            decoding = decoding or DecodingConfig()
+            settings = {
+                "language": decoding.language,
+                "task": decoding.task,
+                "max_new_tokens": decoding.max_new_tokens,
+            }
+            source = huggingface_transcriber(model_name, **settings)
+            exported = load_transcriber(str(written), **settings)
+            parity = check_parity(source, exported, manifest_path, max_clips=max_clips)
+            log_parity(parity)
+            write_json(written / "parity.json", parity)
+            export["parity"] = {key: value for key, value in parity.items() if key != "differing"}
             write_json(written / EXPORT_FILE, export)
-            if manifest_path is None:
-                logger.warning("NO PARITY CHECK: nothing was transcribed; give --manifest to compare on its clips")
-            else:
-                decoding = decoding or DecodingConfig()
-                settings = {
-                    "language": decoding.language,
-                    "task": decoding.task,
-                    "max_new_tokens": decoding.max_new_tokens,
-                }
-                source = huggingface_transcriber(model_name, **settings)
-                exported = load_transcriber(str(written), **settings)
-                parity = check_parity(source, exported, manifest_path, max_clips=max_clips)
-                log_parity(parity)
-                write_json(written / "parity.json", parity)
-                export["parity"] = {key: value for key, value in parity.items() if key != "differing"}
-                write_json(written / EXPORT_FILE, export)
-            os.replace(written, output_dir)
-        finally:
-            shutil.rmtree(work_dir, ignore_errors=True)
     size_bytes = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
     return {"output_dir": str(output_dir), "size_megabytes": size_bytes / 1e6} | export

@@ -1,8 +1,6 @@
 """Speech encoders in formats that run without speechkd: Hugging Face, ONNX and `torch.export`."""
 
 import copy
-import os
-import shutil
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -30,7 +28,7 @@ from speechkd.export.encoder_runtime import (
 )
 from speechkd.export.onnx import BATCH, _require, _save, _to_onnx, quantize_weights
 from speechkd.export.transcribers import EXPORT_FILE, read_export
-from speechkd.files import folder_lock, full_disk_explained, write_json
+from speechkd.files import atomic_folder, write_json
 from speechkd.models.pruned_encoder import PrunedEncoderModel
 from speechkd.models.speech_encoders import feature_extractor, load_encoder, save_encoder
 from speechkd.teachers import teacher_identity
@@ -114,24 +112,17 @@ def export_encoder(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "parity": None,
     }
-    work_dir = output_dir.with_name(f".{output_dir.name}.tmp")
-    with full_disk_explained(output_dir), folder_lock(work_dir):
-        written = work_dir / "export"
-        shutil.rmtree(written, ignore_errors=True)  # of a run that was killed
-        try:
-            if format_name == "huggingface":
-                save_encoder(encoder, written, normalize_input=normalize_input)
-            else:
-                encoder.config.save_pretrained(written)
-                feature_extractor(encoder.config, normalize_input=normalize_input).save_pretrained(written)
-                _write_graph(encoder, spec, written, precision if format_name == "onnx" else None)
-            write_json(written / EXPORT_FILE, export)  # the runner reads it
-            runner = load_encoder_runner(str(written))
-            export["parity"] = check_encoder_parity(reference, runner)
-            write_json(written / EXPORT_FILE, export)
-            os.replace(written, output_dir)
-        finally:
-            shutil.rmtree(work_dir, ignore_errors=True)
+    with atomic_folder(output_dir) as written:
+        if format_name == "huggingface":
+            save_encoder(encoder, written, normalize_input=normalize_input)
+        else:
+            encoder.config.save_pretrained(written)
+            feature_extractor(encoder.config, normalize_input=normalize_input).save_pretrained(written)
+            _write_graph(encoder, spec, written, precision if format_name == "onnx" else None)
+        write_json(written / EXPORT_FILE, export)  # the runner reads it
+        runner = load_encoder_runner(str(written))
+        export["parity"] = check_encoder_parity(reference, runner)
+        write_json(written / EXPORT_FILE, export)
     size_bytes = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
     return {"output_dir": str(output_dir), "size_megabytes": size_bytes / 1e6} | export
 

@@ -1,7 +1,6 @@
 """Students as plain Hugging Face folders that load without speechkd, with a model card."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, WhisperFeatureExtractor
 
-from speechkd.files import atomic_write, full_disk_explained
+from speechkd.files import atomic_folder, atomic_write
 from speechkd.models.whisper import shorten_window
 from speechkd.teachers import load_processor, load_whisper
 
@@ -69,15 +68,10 @@ def save_student(student: PreTrainedModel, processor: ProcessorMixin, output_dir
         output_dir: final folder; an earlier one is replaced.
         card: text of its README.md, as of `model_card`.
     """
-    output_dir = Path(output_dir)
-    temporary = output_dir.with_name(f".{output_dir.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with full_disk_explained(output_dir):
+    with atomic_folder(output_dir, replace=True) as temporary:
         student.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(output_dir, ignore_errors=True)
-    os.replace(temporary, output_dir)
 
 
 def model_card(run: dict[str, Any], metrics: dict[str, dict[str, Any]] | None = None) -> str:
