@@ -23,6 +23,7 @@ from speechkd.data.encoder_clips import ClipSet, DataConfig, SpanDraws, build_cl
 from speechkd.doctor import hardware_name
 from speechkd.files import atomic_folder, write_json
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, colld_layers
+from speechkd.model_card import card_head, data_section, licence_section, teacher_section, training_section
 from speechkd.models.distilhubert import CompactStudent, check_target_layers, compact_encoder
 from speechkd.models.encoder_inputs import WAVEFORM_ENCODERS, EncoderInputs, encoder_layers
 from speechkd.models.speech_encoders import load_encoder
@@ -210,38 +211,17 @@ def model_card(run: dict[str, Any]) -> str:
     """Model card of a compact encoder."""
     name, layers = run["teacher"]["name"], ", ".join(map(str, run["teacher_layers"]))
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: feature-extraction",
-        f"license: {run['license'] or 'other'}",
-        "tags: [speechkd, knowledge-distillation, speech]",
-        "---",
-        f"# {run['title']}",
-        "",
+        *card_head(run, "feature-extraction", "speech"),
         f"A speech encoder of {run['encoder_layers']} layers, {run['parameters'] / 1e6:.1f} M parameters, which learnt "
         f"layers {layers} of {name}. Made by speechkd {run['speechkd_version']}.",
         "",
         f"`AutoModel.from_pretrained` loads it{', as the `encoder` of a Whisper' if run['is_whisper'] else ''}. "
         "`AutoFeatureExtractor` makes its input of 16 kHz waveforms.",
         "",
-        "## Teacher",
-        "",
-        f"{name}, weights SHA-256 `{run['teacher']['weights_sha256']}`.",
-        "",
-        "## Data",
-        "",
-        f"{run['train_manifest']}: {run['train_utterances']} utterances, {run['train_hours']:.3f} h, audio alone.",
-        *(["The voices are synthetic; nothing here says how it does on human speech."] if run["synthetic"] else []),
-        "",
-        "## Training",
-        "",
-        f"Loss: {run['loss']}. {run['steps']} steps, learning rate {run['learning_rate']:g}, seed {run['seed']}, "
-        f"{run['device']}, {run['date']}.",
-        "",
-        "## Licence",
-        "",
-        run["license"] or "That of the teacher and of the data.",
-        "",
+        *teacher_section(run),
+        *data_section(run, ", audio alone."),
+        *training_section(run),
+        *licence_section(run, "That of the teacher and of the data."),
     ]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from speechkd.files import atomic_folder
+from speechkd.model_card import card_head, data_section, licence_section, teacher_section, training_section
 from speechkd.models.encoder_inputs import encoder_layers
 from speechkd.models.pruned_encoder import PrunedEncoderModel, mark_initialized
 from speechkd.models.pruning import GatedEncoder, GateKind, LayerProjections
@@ -148,17 +149,9 @@ def widths(encoder: PrunedEncoderModel) -> dict[str, Any]:
 
 def model_card(run: dict[str, Any]) -> str:
     """Model card of a pruned encoder."""
-    name = run["teacher"]["name"]
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: feature-extraction",
-        f"license: {run['license'] or 'other'}",
-        "tags: [speechkd, knowledge-distillation, pruning, speech]",
-        "---",
-        f"# {run['title']}",
-        "",
-        f"A speech encoder of {run['parameters'] / 1e6:.1f} M parameters, pruned out of {name} "
+        *card_head(run, "feature-extraction", "pruning, speech"),
+        f"A speech encoder of {run['parameters'] / 1e6:.1f} M parameters, pruned out of {run['teacher']['name']} "
         f"({run['teacher_parameters'] / 1e6:.1f} M) while it was distilled, as in DPHuBERT. "
         f"{'Step one of two; step two repairs it.' if run['step'] == 'prune' else 'Both steps are done.'} "
         f"Made by speechkd {run['speechkd_version']}.",
@@ -178,23 +171,9 @@ def model_card(run: dict[str, Any]) -> str:
         f"| heads of each layer | {', '.join(map(str, run['heads']))} |",
         f"| feed-forward units of each layer | {', '.join(map(str, run['ffn_units']))} |",
         "",
-        "## Teacher",
-        "",
-        f"{name}, weights SHA-256 `{run['teacher']['weights_sha256']}`.",
-        "",
-        "## Data",
-        "",
-        f"{run['train_manifest']}: {run['train_utterances']} utterances, {run['train_hours']:.3f} h, audio alone.",
-        *(["The voices are synthetic; nothing here says how it does on human speech."] if run["synthetic"] else []),
-        "",
-        "## Training",
-        "",
-        f"Loss: {run['loss']}. {run['steps']} steps in this step, learning rate {run['learning_rate']:g}, target "
-        f"sparsity {run['target_sparsity']:g} of step one, seed {run['seed']}, {run['device']}, {run['date']}.",
-        "",
-        "## Licence",
-        "",
-        run["license"] or "That of the teacher and of the data.",
-        "",
+        *teacher_section(run),
+        *data_section(run, ", audio alone."),
+        *training_section(run, "steps in this step", f"target sparsity {run['target_sparsity']:g} of step one, "),
+        *licence_section(run, "That of the teacher and of the data."),
     ]
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from speechkd.doctor import hardware_name
 from speechkd.files import atomic_folder, write_json
 from speechkd.labels.decoding import DecodingConfig
 from speechkd.labels.filters import FilterConfig
+from speechkd.model_card import card_head, data_section, licence_section, teacher_section, training_section
 from speechkd.models.segue import SegueEncoder
 from speechkd.models.speech_embedder import load_segue
 from speechkd.run_folder import training_run
@@ -177,14 +178,7 @@ def model_card(run: dict[str, Any], scores: dict[str, Any] | None = None) -> str
         scores: of retrieval on the test manifest; None before evaluation.
     """
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: feature-extraction",
-        f"license: {run['license'] or 'other'}",
-        "tags: [speechkd, knowledge-distillation, sentence-similarity, speech]",
-        "---",
-        f"# {run['title']}",
-        "",
+        *card_head(run, "feature-extraction", "sentence-similarity, speech"),
         f"A speech encoder of {run['encoder_layers']} layers, {run['parameters'] / 1e6:.1f} M parameters. The mean of "
         f"its last hidden states over the frames of a clip{', after a linear map,' if run['has_projection'] else ''} "
         f"is the vector, {run['embedding_dim']} wide, that {run['teacher']['name']} has for what is said. Made from "
@@ -193,23 +187,14 @@ def model_card(run: dict[str, Any], scores: dict[str, Any] | None = None) -> str
         "`pooling.json` says how to pool. With speechkd: "
         "`SpeechEmbedder.from_pretrained(folder).encode(list_of_waveforms)`.",
         "",
-        "## Teacher",
-        "",
-        f"{run['teacher']['name']}, weights SHA-256 `{run['teacher']['weights_sha256']}`; {run['pooling']} over its "
-        f"tokens, {'scaled to length 1' if run['normalize'] else 'not normalised'}. Its vectors were "
-        f"{'stored before the training' if run['teacher_outputs'] == 'stored' else 'computed in each step'}.",
-        "",
-        "## Data",
-        "",
-        f"{run['train_manifest']}: {run['train_utterances']} utterances, {run['train_hours']:.3f} h. Texts: "
-        f"{run['texts']}.",
-        *(["The voices are synthetic; nothing here says how it does on human speech."] if run["synthetic"] else []),
-        "",
-        "## Training",
-        "",
-        f"Loss: {run['loss']}. {run['steps']} steps, learning rate {run['learning_rate']:g}, {run['frozen_layers']} "
-        f"lower layers frozen, seed {run['seed']}, {run['device']}, {run['date']}.",
-        "",
+        *teacher_section(
+            run,
+            f"; {run['pooling']} over its tokens, {'scaled to length 1' if run['normalize'] else 'not normalised'}. "
+            "Its vectors were "
+            f"{'stored before the training' if run['teacher_outputs'] == 'stored' else 'computed in each step'}.",
+        ),
+        *data_section(run, f". Texts: {run['texts']}."),
+        *training_section(run, more=f"{run['frozen_layers']} lower layers frozen, "),
     ]
     if scores is not None:
         lines += [
@@ -220,7 +205,7 @@ def model_card(run: dict[str, Any], scores: dict[str, Any] | None = None) -> str
             f"{scores['positive_cosine']:.3f}.",
             "",
         ]
-    lines += ["## Licence", "", run["license"] or "That of the encoder, of the teacher and of the data.", ""]
+    lines += licence_section(run, "That of the encoder, of the teacher and of the data.")
     return "\n".join(lines)
 
 

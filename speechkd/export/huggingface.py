@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, WhisperFeatureExtractor
 
 from speechkd.files import atomic_folder, atomic_write
+from speechkd.model_card import card_head, data_section, licence_section, teacher_section, training_section
 from speechkd.models.whisper import shorten_window
 from speechkd.teachers import load_processor, load_whisper
 
@@ -84,49 +85,26 @@ def model_card(run: dict[str, Any], metrics: dict[str, dict[str, Any]] | None = 
     Returns:
         Markdown with the Hub's YAML header.
     """
-    teacher = run["teacher"]
+    teacher, kept = run["teacher"], run["decoder_layers_kept"]
+    language = [f"language: {run['language']}"] if run["language"] else []
     is_hub_id = teacher is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher["name"])
     base_model = [f"base_model: {teacher['name']}"] if teacher is not None and is_hub_id else []
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: automatic-speech-recognition",
-        f"license: {run['license'] or 'other'}",
-        *([f"language: {run['language']}"] if run["language"] else []),
-        *base_model,
-        "tags: [speechkd, knowledge-distillation, whisper]",
-        "---",
-        f"# {run['title']}",
-        "",
+        *card_head(run, "automatic-speech-recognition", "whisper", [*language, *base_model]),
         f"A Whisper with {run['encoder_layers']} encoder and {run['decoder_layers']} decoder layers, "
         f"{run['parameters'] / 1e6:.1f} M parameters, trained by speechkd {run['speechkd_version']}.",
         "",
-        "## Teacher",
-        "",
-        "None; fine-tuned on its labels."
-        if teacher is None
-        else f"{teacher['name']}, weights SHA-256 `{teacher['weights_sha256']}`"
-        + (f", decoder layers {run['decoder_layers_kept']} kept." if run["decoder_layers_kept"] else "."),
-        "",
-        "## Data",
-        "",
-        f"{run['train_manifest']}: {run['train_utterances']} utterances, {run['train_hours']:.3f} h after filtering. "
-        f"Labels: {run['labels']}.",
         *(
-            ["The voices are synthetic; nothing here says how the model does on human speech."]
-            if run["synthetic"]
-            else []
+            ["## Teacher", "", "None; fine-tuned on its labels.", ""]
+            if teacher is None
+            else teacher_section(run, f", decoder layers {kept} kept." if kept else ".")
         ),
-        "",
-        "## Training",
-        "",
-        f"Loss: {run['loss']}. {run['steps']} steps, learning rate {run['learning_rate']:g}, seed {run['seed']}, "
-        f"{run['device']}, {run['date']}.",
-        "",
+        *data_section(run, f" after filtering. Labels: {run['labels']}.", student="the model"),
+        *training_section(run),
     ]
     if metrics:
         lines += ["## Evaluation", "", *_metrics_table(metrics), ""]
-    lines += ["## Licence", "", run["license"] or "That of the teacher and of the data; see both.", ""]
+    lines += licence_section(run, "That of the teacher and of the data; see both.")
     return "\n".join(lines)
 
 
