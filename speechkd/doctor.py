@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def hardware_name(device: torch.device | str = "cpu") -> str:
         ]
         model = names[0] if names else model
     return f"{model}, {num_cores()} cores"
+
+
+def made_on(device: torch.device | str = "cpu") -> dict[str, str]:
+    """`device`, `date` and `speechkd_version` of a result, for its JSON file."""
+    return {
+        "device": hardware_name(device),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "speechkd_version": importlib.metadata.version("speechkd"),
+    }
 
 
 def num_cores() -> int:

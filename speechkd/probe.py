@@ -6,15 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from speechkd.data.manifest import read_manifest
-from speechkd.doctor import hardware_name
+from speechkd.doctor import made_on
 from speechkd.features_store import FrameStates, fitting_window_seconds, load_frame_encoder, store_states, stored_states
 from speechkd.files import folder_lock, read_jsonl, write_json, write_jsonl
 from speechkd.probing import ProbeProtocol, mean_and_deviation
@@ -148,9 +146,7 @@ def evaluate_probe(
             "features_dir": str(features),
             "states_seconds": states_seconds,
             "head_seconds": [run["seconds"] for run in scored],
-            "device": hardware_name(device),
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "speechkd_version": version("speechkd"),
+            **made_on(device),
         }
         write_json(output_dir / "metrics.json", metrics)
     return metrics

@@ -4,10 +4,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
 from speechkd.config import save_config
+from speechkd.doctor import made_on
 from speechkd.files import folder_lock
 
 logger = logging.getLogger(__name__)
@@ -38,3 +40,35 @@ def training_run(arguments: TrainingArguments, resolved_yaml: str) -> Iterator[b
         if is_finished:
             logger.info("%s holds a finished training", output_dir)
         yield is_finished
+
+
+def training_facts(
+    arguments: TrainingArguments,
+    *,
+    license: str | None,
+    train_manifest: str,
+    train_utterances: int,
+    train_seconds: float,
+    loss: str,
+) -> dict[str, Any]:
+    """Facts of a training that every recipe keeps in `run.json`; the model card reads them.
+
+    Args:
+        arguments: of the trainer.
+        license: of the student's weights; None where it is not known.
+        train_manifest: manifests, separated by commas.
+        train_utterances: what is left of them.
+        train_seconds: their audio.
+        loss: the objective in words.
+    """
+    return {
+        "license": license,
+        "train_manifest": train_manifest,
+        "train_utterances": train_utterances,
+        "train_hours": train_seconds / 3600,
+        "synthetic": "synthetic" in train_manifest,
+        "loss": loss,
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+        **made_on(arguments.device),
+    }

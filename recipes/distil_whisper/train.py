@@ -7,9 +7,7 @@ Gandhi et al. 2023, https://arxiv.org/abs/2311.00430. Launch: python recipes/dis
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,11 @@ from speechkd.data.augment import WaveformAugment
 from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
 from speechkd.data.mixture import Mixture
 from speechkd.data.whisper import WhisperTrainSet, collate_whisper
-from speechkd.doctor import hardware_name
 from speechkd.export.huggingface import model_card, save_student
 from speechkd.files import write_json
 from speechkd.labels.decoding import DecodingConfig, decoding_tokens
 from speechkd.labels.filters import FilterConfig
-from speechkd.run_folder import training_run
+from speechkd.run_folder import training_facts, training_run
 from speechkd.teachers import load_processor
 from speechkd.trainer import DistillationArguments, DistillationTrainer
 
@@ -85,31 +82,27 @@ def describe_run(
     """Facts of the training for `run.json`, the model card and the tables."""
     student, stored_outputs = models.student, config.teacher.stored_outputs if config.teacher else None
     is_live = models.teacher is not None and config.loss.needs_teacher
-    manifests = [corpus.train_manifest for corpus in config.data.corpora]
     languages = [corpus.language or config.decoding.language for corpus in config.data.corpora]
     return {
         "title": f"distil-whisper {Path(config.trainer.output_dir).name}",
         "teacher": models.identity,
         "teacher_outputs": "stored" if stored_outputs else "live" if is_live else None,
-        "license": config.teacher.license if config.teacher else None,
         "language": languages[0] if len(set(languages)) == 1 else sorted({str(code) for code in languages}),
         "encoder_layers": student.config.encoder_layers,
         "decoder_layers": student.config.decoder_layers,
         "decoder_layers_kept": models.decoder_layers_kept,
         "parameters": student.num_parameters(),
-        "train_manifest": ", ".join(manifests),
-        "train_utterances": sum(map(len, corpora)),
-        "train_hours": sum(float(corpus.manifest.durations_seconds.sum()) for corpus in corpora) / 3600,
         "labels": " and ".join(sorted({_label_source(corpus.labels_dir) for corpus in config.data.corpora})),
-        "synthetic": any("synthetic" in manifest for manifest in manifests),
         "filters": filter_reports if len(corpora) > 1 else next(iter(filter_reports.values())),
-        "loss": config.loss.describe(has_teacher=models.identity is not None, stored_outputs=stored_outputs),
         "steps": config.trainer.max_steps,
-        "learning_rate": config.trainer.learning_rate,
-        "seed": config.trainer.seed,
-        "device": hardware_name(config.trainer.device),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "speechkd_version": version("speechkd"),
+        **training_facts(
+            config.trainer,
+            license=config.teacher.license if config.teacher else None,
+            train_manifest=", ".join(corpus.train_manifest for corpus in config.data.corpora),
+            train_utterances=sum(map(len, corpora)),
+            train_seconds=sum(float(corpus.manifest.durations_seconds.sum()) for corpus in corpora),
+            loss=config.loss.describe(has_teacher=models.identity is not None, stored_outputs=stored_outputs),
+        ),
     }
 
 

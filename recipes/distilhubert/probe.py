@@ -15,8 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from tabulate_probes import format_table
 
 from speechkd.cli import run_command
 from speechkd.data.manifest import Manifest
-from speechkd.doctor import hardware_name
+from speechkd.doctor import made_on
 from speechkd.features_store import (
     MAX_CLIP_SECONDS,
     FrameEncoder,
@@ -172,9 +170,7 @@ def _probe(
         "scores": mean_and_deviation(runs),
         "states_seconds": states_seconds,
         "head_seconds": {name: sum(seconds[name] for seconds in times) for name in times[0]},
-        "device": hardware_name(device),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "speechkd_version": version("speechkd"),
+        **made_on(device),
     }
 
 

@@ -7,9 +7,7 @@ under torchrun or accelerate too. A killed run carries on from its last checkpoi
 
 import logging
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +18,13 @@ from transformers import PreTrainedModel, set_seed
 from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, clip_sampler, collate_clips
-from speechkd.doctor import hardware_name
 from speechkd.files import atomic_folder, write_json
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, colld_layers
 from speechkd.model_card import card_head, data_section, licence_section, teacher_section, training_section
 from speechkd.models.distilhubert import CompactStudent, check_target_layers, compact_encoder
 from speechkd.models.encoder_inputs import WAVEFORM_ENCODERS, EncoderInputs, encoder_layers
 from speechkd.models.speech_encoders import load_encoder
-from speechkd.run_folder import training_run
+from speechkd.run_folder import training_facts, training_run
 from speechkd.teachers import freeze, teacher_identity
 from speechkd.trainer import DistillationArguments, DistillationTrainer
 
@@ -193,17 +190,14 @@ def describe_run(
         "parameters": encoder.num_parameters(),
         "head_parameters": sum(weight.numel() for weight in student.heads.parameters()),
         "init": config.student.init_from or config.student.init,
-        "license": config.teacher.license,
-        "train_manifest": config.data.train_manifest,
-        "train_utterances": len(clips),
-        "train_hours": float(clips.durations_seconds.sum()) / 3600,
-        "synthetic": "synthetic" in config.data.train_manifest,
-        "loss": config.loss.describe(),
-        "learning_rate": config.trainer.learning_rate,
-        "seed": config.trainer.seed,
-        "device": hardware_name(config.trainer.device),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "speechkd_version": version("speechkd"),
+        **training_facts(
+            config.trainer,
+            license=config.teacher.license,
+            train_manifest=config.data.train_manifest,
+            train_utterances=len(clips),
+            train_seconds=float(clips.durations_seconds.sum()),
+            loss=config.loss.describe(),
+        ),
     }
 
 

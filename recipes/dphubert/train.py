@@ -7,9 +7,7 @@ A killed run carries on from its last checkpoint.
 
 import logging
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +27,11 @@ from transformers import PreTrainedModel, set_seed
 from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.encoder_clips import ClipSet, DataConfig, build_clips, clip_sampler, collate_clips
-from speechkd.doctor import hardware_name
 from speechkd.files import write_json
 from speechkd.models.encoder_inputs import EncoderInputs
 from speechkd.models.pruning import PUBLISHED_GATES, GatedEncoder, GateKind, parameter_groups
 from speechkd.models.speech_encoders import load_encoder
-from speechkd.run_folder import training_run
+from speechkd.run_folder import training_facts, training_run
 from speechkd.teachers import freeze, teacher_identity
 from speechkd.trainer import DistillationArguments, DistillationTrainer
 
@@ -160,17 +157,14 @@ def describe_run(
         "layers": config.loss.layers,
         "gates": config.pruning.gates,
         "target_sparsity": config.pruning.sparsity,
-        "license": config.teacher.license,
-        "train_manifest": config.data.train_manifest,
-        "train_utterances": len(clips),
-        "train_hours": float(clips.durations_seconds.sum()) / 3600,
-        "synthetic": "synthetic" in config.data.train_manifest,
-        "loss": config.loss.describe(),
-        "learning_rate": config.trainer.learning_rate,
-        "seed": config.trainer.seed,
-        "device": hardware_name(config.trainer.device),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "speechkd_version": version("speechkd"),
+        **training_facts(
+            config.trainer,
+            license=config.teacher.license,
+            train_manifest=config.data.train_manifest,
+            train_utterances=len(clips),
+            train_seconds=float(clips.durations_seconds.sum()),
+            loss=config.loss.describe(),
+        ),
     }
 
 

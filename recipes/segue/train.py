@@ -6,9 +6,7 @@ Tan et al. 2023, https://arxiv.org/abs/2305.12301. Launch: python recipes/segue/
 
 import logging
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,13 @@ from understanding_tasks import UnderstandingConfig
 from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.sampler import DurationBatchSampler
-from speechkd.doctor import hardware_name
 from speechkd.files import atomic_folder, write_json
 from speechkd.labels.decoding import DecodingConfig
 from speechkd.labels.filters import FilterConfig
 from speechkd.model_card import card_head, data_section, licence_section, teacher_section, training_section
 from speechkd.models.segue import SegueEncoder
 from speechkd.models.speech_embedder import load_segue
-from speechkd.run_folder import training_run
+from speechkd.run_folder import training_facts, training_run
 from speechkd.teachers_text import Pooling, SentenceTeacher, load_sentence_teacher
 from speechkd.trainer import DistillationArguments, DistillationTrainer
 
@@ -154,19 +151,16 @@ def describe_run(
         "has_projection": student.projection is not None,
         "parameters": student.num_parameters(),
         "trainable_parameters": student.num_parameters(only_trainable=True),
-        "license": config.teacher.license,
-        "train_manifest": config.data.train_manifest,
-        "train_utterances": len(train_set),
-        "train_hours": float(train_set.manifest.durations_seconds.sum()) / 3600,
         "texts": f"transcripts of {config.data.label_teacher}" if config.data.labels_dir else "the manifest's text",
         "left_out": report,
-        "synthetic": "synthetic" in config.data.train_manifest,
-        "loss": config.loss.describe(),
-        "learning_rate": config.trainer.learning_rate,
-        "seed": config.trainer.seed,
-        "device": hardware_name(config.trainer.device),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "speechkd_version": version("speechkd"),
+        **training_facts(
+            config.trainer,
+            license=config.teacher.license,
+            train_manifest=config.data.train_manifest,
+            train_utterances=len(train_set),
+            train_seconds=float(train_set.manifest.durations_seconds.sum()),
+            loss=config.loss.describe(),
+        ),
     }
 
 

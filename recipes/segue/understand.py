@@ -11,8 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from understanding_tasks import CTC_TASKS, UnderstandingConfig
 from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.loader import report_skipped
-from speechkd.doctor import hardware_name
+from speechkd.doctor import made_on
 from speechkd.estimate import load_recipe, recipe_config_class
 from speechkd.files import write_json
 from speechkd.labels.embeddings import manifest_texts
@@ -169,9 +167,7 @@ def understand(config: Any) -> dict[str, Any]:
         "num_skipped": len(skipped),
         "systems": {system.name: system.facts for system in systems},
         **outcome,
-        "device": hardware_name(device),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "speechkd_version": version("speechkd"),
+        **made_on(device),
         "wall_seconds": time.perf_counter() - started,
     }
 

@@ -6,9 +6,7 @@ Ferraz et al. 2024, https://arxiv.org/abs/2311.01070. Launch: python recipes/whi
 
 import logging
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,14 +32,13 @@ from speechkd.data.features import SAMPLE_RATE_HZ, WhisperLogMel
 from speechkd.data.hub import read_utterances
 from speechkd.data.sampler import DurationBatchSampler
 from speechkd.data.whisper import WhisperTrainSet, pseudo_labelled_set, reference_set
-from speechkd.doctor import hardware_name
 from speechkd.export.huggingface import model_card, save_student
 from speechkd.files import write_json
 from speechkd.labels.decoding import DecodingConfig, decoding_tokens
 from speechkd.labels.filters import FilterConfig
 from speechkd.labels.teacher_cache import LabelStore, check_teacher
 from speechkd.models.language_experts import set_gate_noise
-from speechkd.run_folder import training_run
+from speechkd.run_folder import training_facts, training_run
 from speechkd.teachers import check_vocabularies, load_processor, load_whisper, teacher_identity
 from speechkd.trainer import DistillationArguments, DistillationTrainer
 
@@ -159,26 +156,23 @@ def describe_run(
         "teacher": identity,
         "base_model": base,
         "adapter": config.student.adapter,
-        "license": config.teacher.license if config.teacher else None,
         "language": config.decoding.language,
         "encoder_layers": student.config.encoder_layers,
         "decoder_layers": student.config.decoder_layers,
         "decoder_layers_kept": None,
         "parameters": student.num_parameters() - (num_trainable if config.student.adapter != "none" else 0),
         "trainable_parameters": num_trainable,
-        "train_manifest": config.data.train_manifest,
-        "train_utterances": len(train_set),
-        "train_hours": float(train_set.manifest.durations_seconds.sum()) / 3600,
         "labels": "the manifest's text" if config.data.labels_dir is None else "greedy transcripts of the teacher",
-        "synthetic": "synthetic" in config.data.train_manifest,
         "filters": filter_report,
-        "loss": objective if identity else labels,
         "steps": config.trainer.max_steps,
-        "learning_rate": config.trainer.learning_rate,
-        "seed": config.trainer.seed,
-        "device": hardware_name(config.trainer.device),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "speechkd_version": version("speechkd"),
+        **training_facts(
+            config.trainer,
+            license=config.teacher.license if config.teacher else None,
+            train_manifest=config.data.train_manifest,
+            train_utterances=len(train_set),
+            train_seconds=float(train_set.manifest.durations_seconds.sum()),
+            loss=objective if identity else labels,
+        ),
     }
 
 
