@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 
 from speechkd.cli import run_command
 from speechkd.config import parse_config
-from speechkd.data.encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, clip_sampler, collate_clips
+from speechkd.data.encoder_clips import DataConfig, SpanDraws, TrainingClips, collate_clips, training_clips
 from speechkd.files import atomic_folder, write_json
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, colld_layers
 from speechkd.model_card import card_head, data_section, licence_section, teacher_section, training_section
@@ -177,7 +177,11 @@ def hearing(encoder: PreTrainedModel, normalize_input: bool) -> dict[str, Any]:
 
 
 def describe_run(
-    config: DistilHubertConfig, identity: dict[str, Any], student: CompactStudent, layers: list[int], clips: ClipSet
+    config: DistilHubertConfig,
+    identity: dict[str, Any],
+    student: CompactStudent,
+    layers: list[int],
+    clips: TrainingClips,
 ) -> dict[str, Any]:
     """Facts of the training for `run.json`, the model card and the tables."""
     encoder = student.encoder
@@ -194,10 +198,11 @@ def describe_run(
             config.trainer,
             license=config.teacher.license,
             train_manifest=config.data.train_manifest,
-            train_utterances=len(clips),
-            train_seconds=float(clips.durations_seconds.sum()),
+            train_utterances=len(clips.train_set),
+            train_seconds=float(clips.train_set.durations_seconds.sum()),
             loss=config.loss.describe(),
         ),
+        "left_out": clips.left_out,
     }
 
 
@@ -237,37 +242,26 @@ def build_trainer(config: DistilHubertConfig) -> tuple[DistillationTrainer, dict
     student, layers = build_student(config, teacher, normalize_input)
     frames = SharedFrames(student.inputs, EncoderInputs(teacher, normalize_input=normalize_input))
     window_seconds = student.inputs.window_seconds
-    data, loss, output_dir = config.data, config.loss, Path(config.trainer.output_dir)
-    spans = None
+    loss, spans = config.loss, None
     if loss.method == "colld":
         spans = SpanDraws(frames, loss.span_start_probability, loss.span_frames)
     shortest = max(inputs.receptive_field_samples for inputs in (frames.student, frames.teacher))
-    build = partial(build_clips, data=data, shortest_samples=shortest, seed=config.trainer.seed)
-    with config.trainer.main_process_first(desc="preparing the data"):
-        train_set, left_out = build(data.train_manifest, output_dir=output_dir)
-        dev_set = None if data.dev_manifest is None else build(data.dev_manifest, output_dir=output_dir / "dev")[0]
+    clips = training_clips(config.data, config.trainer, shortest_samples=shortest, window_seconds=window_seconds)
     trainer = DistillationTrainer(
         student,
         teacher,
         args=config.trainer,
-        train_dataset=train_set,
+        train_dataset=clips.train_set,
         collate=partial(collate_clips, window_seconds=window_seconds, spans=spans),
-        sampler=clip_sampler(
-            train_set,
-            data,
-            window_seconds,
-            seed=config.trainer.seed,
-            rank=config.trainer.process_index,
-            world_size=config.trainer.world_size,
-        ),
+        sampler=clips.sampler,
         loss_terms=partial(
             loss_terms, frames=frames, layers=layers, weights=loss, teacher_dropout=config.teacher.dropout
         ),
         count_items=partial(count_items, num_frames=frames, num_layers=len(layers)),
-        eval_dataset=dev_set,
-        eval_sampler=None if dev_set is None else clip_sampler(dev_set, data, window_seconds),
+        eval_dataset=clips.dev_set,
+        eval_sampler=clips.dev_sampler,
     )
-    return trainer, {**describe_run(config, identity, student, layers, train_set), "left_out": left_out}
+    return trainer, describe_run(config, identity, student, layers, clips)
 
 
 def main(argv: list[str] | None = None) -> None:

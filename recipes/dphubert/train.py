@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, set_seed
 
 from speechkd.cli import run_command
 from speechkd.config import parse_config
-from speechkd.data.encoder_clips import ClipSet, DataConfig, build_clips, clip_sampler, collate_clips
+from speechkd.data.encoder_clips import DataConfig, TrainingClips, collate_clips, training_clips
 from speechkd.files import write_json
 from speechkd.models.encoder_inputs import EncoderInputs
 from speechkd.models.pruning import PUBLISHED_GATES, GatedEncoder, GateKind, parameter_groups
@@ -146,7 +146,7 @@ class DPHubertConfig:
 
 
 def describe_run(
-    config: DPHubertConfig, identity: dict[str, Any], teacher: PreTrainedModel, clips: ClipSet
+    config: DPHubertConfig, identity: dict[str, Any], teacher: PreTrainedModel, clips: TrainingClips
 ) -> dict[str, Any]:
     """Facts of the training for `run.json`, the model card and the tables."""
     return {
@@ -161,18 +161,18 @@ def describe_run(
             config.trainer,
             license=config.teacher.license,
             train_manifest=config.data.train_manifest,
-            train_utterances=len(clips),
-            train_seconds=float(clips.durations_seconds.sum()),
+            train_utterances=len(clips.train_set),
+            train_seconds=float(clips.train_set.durations_seconds.sum()),
             loss=config.loss.describe(),
         ),
+        "left_out": clips.left_out,
     }
 
 
 def build_trainer(config: DPHubertConfig) -> tuple[DistillationTrainer, dict[str, Any], EncoderInputs]:
     """Everything of a step before its first update: the trainer, the facts for `run.json`, and what encoders hear."""
     set_seed(config.trainer.seed)
-    data, loss, output_dir = config.data, config.loss, Path(config.trainer.output_dir)
-    name, pruning = config.teacher.name, config.pruning
+    name, loss, pruning = config.teacher.name, config.loss, config.pruning
     teacher, normalize_input = load_encoder(name, window_seconds=config.teacher.window_seconds)
     check_layers(teacher, loss.layers)
     student: GatedEncoder | FinalStudent
@@ -184,10 +184,12 @@ def build_trainer(config: DPHubertConfig) -> tuple[DistillationTrainer, dict[str
     if config.step == "distil":
         student = load_step_one(Path(config.step_one_dir), identity, loss.layers)
     inputs = EncoderInputs(teacher, normalize_input=normalize_input).to(config.trainer.device)
-    build = partial(build_clips, data=data, shortest_samples=inputs.receptive_field_samples, seed=config.trainer.seed)
-    with config.trainer.main_process_first(desc="preparing the data"):
-        train_set, left_out = build(data.train_manifest, output_dir=output_dir)
-        dev_set = None if data.dev_manifest is None else build(data.dev_manifest, output_dir=output_dir / "dev")[0]
+    clips = training_clips(
+        config.data,
+        config.trainer,
+        shortest_samples=inputs.receptive_field_samples,
+        window_seconds=inputs.window_seconds,
+    )
     groups = partial(
         parameter_groups, learning_rate=config.trainer.learning_rate, gate_learning_rate=pruning.learning_rate
     )
@@ -195,16 +197,9 @@ def build_trainer(config: DPHubertConfig) -> tuple[DistillationTrainer, dict[str
         student,
         teacher,
         args=config.trainer,
-        train_dataset=train_set,
+        train_dataset=clips.train_set,
         collate=partial(collate_clips, window_seconds=inputs.window_seconds),
-        sampler=clip_sampler(
-            train_set,
-            data,
-            inputs.window_seconds,
-            seed=config.trainer.seed,
-            rank=config.trainer.process_index,
-            world_size=config.trainer.world_size,
-        ),
+        sampler=clips.sampler,
         loss_terms=partial(
             loss_terms,
             inputs=inputs,
@@ -212,11 +207,11 @@ def build_trainer(config: DPHubertConfig) -> tuple[DistillationTrainer, dict[str
             target=SparsityTarget(pruning.sparsity, pruning.ramp_steps, lambda: trainer.state.global_step),
         ),
         count_items=partial(count_items, inputs=inputs, num_layers=len(loss.layers)),
-        eval_dataset=dev_set,
-        eval_sampler=None if dev_set is None else clip_sampler(dev_set, data, inputs.window_seconds),
+        eval_dataset=clips.dev_set,
+        eval_sampler=clips.dev_sampler,
         parameter_groups=groups if config.step == "prune" else None,
     )
-    return trainer, {**describe_run(config, identity, teacher, train_set), "left_out": left_out}, inputs
+    return trainer, describe_run(config, identity, teacher, clips), inputs
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,14 +4,16 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import TrainingArguments
 
 from speechkd.data.audio import load_utterance
 from speechkd.data.audit import usable_clips
@@ -242,3 +244,55 @@ def clip_sampler(
         max_batch_size=data.max_batch_size,
         sort_keys=durations,
     )
+
+
+class TrainingClips(NamedTuple):
+    """What an encoder is trained and evaluated on.
+
+    Args:
+        train_set: its clips.
+        sampler: their batches, on this process.
+        dev_set: clips to evaluate on; None for none.
+        dev_sampler: their batches.
+        left_out: of the training clips, see `build_clips`.
+    """
+
+    train_set: ClipSet
+    sampler: DurationBatchSampler
+    dev_set: ClipSet | None
+    dev_sampler: DurationBatchSampler | None
+    left_out: dict[str, int]
+
+
+def training_clips(
+    data: DataConfig, arguments: TrainingArguments, *, shortest_samples: int, window_seconds: float | None
+) -> TrainingClips:
+    """Clips and batches of a run, prepared by the main process first.
+
+    Args:
+        data: manifests and limits.
+        arguments: of the trainer.
+        shortest_samples: see `build_clips`.
+        window_seconds: see `clip_sampler`.
+
+    Raises:
+        ValueError: no clip is left, or clips are longer than the window.
+        AudioError: more than `max_skipped_fraction` cannot be decoded.
+    """
+    output_dir = Path(str(arguments.output_dir))
+    build = partial(build_clips, data=data, shortest_samples=shortest_samples, seed=arguments.seed)
+    dev_set = None
+    with arguments.main_process_first(desc="preparing the data"):
+        train_set, left_out = build(data.train_manifest, output_dir=output_dir)
+        if data.dev_manifest is not None:
+            dev_set, _ = build(data.dev_manifest, output_dir=output_dir / "dev")
+    sampler = clip_sampler(
+        train_set,
+        data,
+        window_seconds,
+        seed=arguments.seed,
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+    )
+    dev_sampler = None if dev_set is None else clip_sampler(dev_set, data, window_seconds)
+    return TrainingClips(train_set, sampler, dev_set, dev_sampler, left_out)
