@@ -80,6 +80,22 @@ def tone_manifest(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hubert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random HuBERT, see `saved_teacher`."""
+    from recipe_runs import saved_teacher
+
+    return saved_teacher(tmp_path_factory.mktemp("teachers") / "hubert", "hubert")
+
+
+@pytest.fixture(scope="session")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random Whisper that hears 2 s, see `saved_teacher`."""
+    from recipe_runs import saved_teacher
+
+    return saved_teacher(tmp_path_factory.mktemp("teachers") / "whisper", "whisper")
+
+
+@pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny random Whisper with the real vocabulary, which loads as any teacher."""
     folder = tmp_path_factory.mktemp("tiny-teacher")

@@ -1,8 +1,5 @@
 """recipes/distilhubert on tiny random HuBERTs and Whispers and generated audio: clips, objectives, whole runs."""
 
-import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +11,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, write_tone
+from recipe_runs import QUIET, facts_of, forget_the_end, log_of, run_sh, saved_teacher, student_of, write_clips
 from safetensors.torch import load_file
 from test_models_distilhubert import make_teacher
 from torch import nn
@@ -26,47 +24,16 @@ from encoder_objective import LossConfig, SharedFrames, count_items, loss_terms
 from speechkd.check_config import check_config
 from speechkd.config import parse_config
 from speechkd.data.encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, collate_clips
-from speechkd.data.manifest import read_manifest, write_manifest
+from speechkd.data.manifest import read_manifest
 from speechkd.estimate import load_recipe
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, masked_info_nce, normalize_frames
 from speechkd.models.distilhubert import CompactStudent, compact_encoder, teacher_targets
 from speechkd.models.encoder_inputs import EncoderInputs
-from speechkd.models.speech_encoders import save_encoder
 
 RECIPE = ROOT / "recipes/distilhubert"
 YAMLS = sorted(RECIPE.glob("*.yaml"))
 PAPER, BARISTA, COLLD = (RECIPE / f"{name}.yaml" for name in ("librispeech", "barista", "colld_barista"))
-QUIET = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0)
 train = load_recipe(RECIPE / "train.py")
-
-
-def saved_teacher(folder: Path, family: str, normalize_input: bool = False, **changes: Any) -> str:
-    """Folder of a random encoder of width 32 with four layers; a Whisper hears 2 s."""
-    save_encoder(make_teacher(family, **changes), folder, normalize_input=normalize_input)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def hubert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_teacher(tmp_path_factory.mktemp("teachers") / "hubert", "hubert")
-
-
-@pytest.fixture(scope="session")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_teacher(tmp_path_factory.mktemp("teachers") / "whisper", "whisper")
-
-
-def write_clips(folder: Path, num_samples: list[int], name: str = "clips") -> Path:
-    """A manifest of noise of these lengths at 16 kHz."""
-    generator, rows = np.random.default_rng(0), []
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
-    for index, length in enumerate(num_samples):
-        path = folder / f"audio/{name}-{index}.wav"
-        soundfile.write(path, generator.uniform(-0.3, 0.3, length), 16_000)
-        row = {"id": f"{name}-{index}", "audio": f"audio/{path.name}", "duration_seconds": length / 16_000}
-        rows.append({**row, "sample_rate_hz": 16_000})
-    write_manifest(folder / f"{name}.jsonl", rows)
-    return folder / f"{name}.jsonl"
 
 
 @pytest.fixture
@@ -336,14 +303,6 @@ def built(argv: list[str]) -> tuple[Any, dict[str, Any]]:
     return train.build_trainer(parse_config(train.DistilHubertConfig, argv)[0])
 
 
-def log_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
-
-
-def student_of(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "student/model.safetensors")
-
-
 @pytest.mark.recipe
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_every_recipe_trains_two_steps(path, hubert, whisper, manifest, tmp_path):
@@ -351,7 +310,7 @@ def test_every_recipe_trains_two_steps(path, hubert, whisper, manifest, tmp_path
     teacher = {"hubert": hubert, "whisper": whisper}.get(family) or saved_teacher(tmp_path / "teacher", family)
     train.main(arguments(path, teacher, manifest))
     run = tmp_path / "run"
-    facts = json.loads((run / "run.json").read_text())
+    facts = facts_of(run)
     assert facts["steps"] == 2 and facts["train_utterances"] == 6 and facts["encoder_layers"] == 2
     assert facts["left_out"] == {"num_undecodable": 0, "num_short": 0} and facts["is_whisper"] == (family == "whisper")
     assert facts["teacher_layers"] == ([2, 4] if path.stem.startswith("colld") else [2, 3, 4])
@@ -427,9 +386,7 @@ def test_a_resumed_run_ends_with_the_same_student(path, hubert, whisper, manifes
     train.main(argv)
     run = tmp_path / "run"
     first = student_of(run)
-    shutil.rmtree(run / "checkpoint-4")
-    shutil.rmtree(run / "student")
-    (run / "run.json").unlink()
+    forget_the_end(run, 4)
     train.main(argv)
     assert first.keys() == student_of(run).keys()
     assert all(student_of(run)[name].equal(weight) for name, weight in first.items())
@@ -519,7 +476,7 @@ def test_clips_longer_than_a_whispers_window_are_refused_or_cropped(whisper, tmp
 @pytest.mark.recipe
 def test_short_clips_are_counted_and_do_not_stop_a_run(hubert, tmp_path):
     train.main(arguments(PAPER, hubert, write_clips(tmp_path, [399, 400, 719, 8000])))
-    facts = json.loads((tmp_path / "run/run.json").read_text())
+    facts = facts_of(tmp_path / "run")
     assert facts["left_out"] == {"num_undecodable": 0, "num_short": 1} and facts["train_utterances"] == 3
 
 
@@ -543,19 +500,12 @@ def test_doctor_checks_the_recipe_and_estimates_its_costs(hubert, manifest):
     assert found["estimates"]["total_steps"] == 2 and not (manifest.parent / "run").exists()
 
 
-def run_sh(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
-    command = ["bash", str(RECIPE / "run.sh"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-
-
 def test_run_sh_says_what_would_do(tmp_path):
-    done = run_sh(tmp_path, "timit")
+    done = run_sh("distilhubert", tmp_path, "timit")
     assert done.returncode == 2 and "there are: barista colld_barista colld_librispeech fsdd" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--stage", "3")
+    done = run_sh("distilhubert", tmp_path, "fsdd", "--stage", "3")
     assert done.returncode == 2 and "a stage is 1 to 2, not '3'" in done.stderr
-    done = run_sh(tmp_path, "--help")
+    done = run_sh("distilhubert", tmp_path, "--help")
     assert done.returncode == 0 and "Stages: 1 prepare, 2 train." in done.stdout
 
 
@@ -567,11 +517,11 @@ def test_the_stages_end_with_a_student_once(hubert, tmp_path):
     options = arguments(RECIPE / "fsdd.yaml", hubert, Path("data/fsdd/train.jsonl"), "--teacher.window_seconds=null")
     words = ["fsdd", "--corpus-dir", "corpus", *options[2:], "--data.test_manifest=data/fsdd/test.jsonl"]
     words += ["--data.crop_seconds=2", "--trainer.output_dir=exp/run"]
-    first = run_sh(tmp_path, *words)
+    first = run_sh("distilhubert", tmp_path, *words)
     assert first.returncode == 0, first.stderr[-2000:]
-    facts = json.loads((tmp_path / "exp/run/run.json").read_text())
+    facts = facts_of(tmp_path / "exp/run")
     assert facts["train_utterances"] == 240 and (tmp_path / "exp/run/student/model.safetensors").is_file()
-    again = run_sh(tmp_path, *words)
+    again = run_sh("distilhubert", tmp_path, *words)
     assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 2
-    changed = run_sh(tmp_path, *words, "--loss.cosine=0.5")
+    changed = run_sh("distilhubert", tmp_path, *words, "--loss.cosine=0.5")
     assert changed.returncode == 2 and "loss.cosine was 1.0, now 0.5" in changed.stderr

@@ -1,9 +1,5 @@
 """recipes/dphubert on tiny random HuBERTs and Whispers and generated audio: both steps, what lies between, errors."""
 
-import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from recipe_runs import QUIET, facts_of, forget_the_end, log_of, run_sh, saved_teacher, student_of, write_clips
 from safetensors.torch import load_file
-from test_recipe_distilhubert import QUIET, log_of, saved_teacher, write_clips
 from transformers import AutoFeatureExtractor, get_linear_schedule_with_warmup
 
 sys.path.append(str(ROOT / "recipes/dphubert"))  # behind the others: its train.py is loaded by path
@@ -36,16 +32,6 @@ YAMLS = sorted(RECIPE.glob("*.yaml"))
 PAPER, BARISTA = RECIPE / "librispeech.yaml", RECIPE / "barista.yaml"
 ON_CPU = ["--trainer.use_cpu=true", "--trainer.bf16=false"]
 train = load_recipe(RECIPE / "train.py")
-
-
-@pytest.fixture(scope="session")
-def hubert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_teacher(tmp_path_factory.mktemp("teachers") / "hubert", "hubert")
-
-
-@pytest.fixture(scope="session")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_teacher(tmp_path_factory.mktemp("teachers") / "whisper", "whisper")
 
 
 @pytest.fixture
@@ -86,14 +72,6 @@ def arguments(path: Path, teacher: str, manifest: Path, *more: str) -> list[str]
 
 def built(argv: list[str]) -> tuple[Any, dict[str, Any], EncoderInputs]:
     return train.build_trainer(parse_config(train.DPHubertConfig, argv)[0])
-
-
-def facts_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "run.json").read_text())
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "student/model.safetensors")
 
 
 # the objective
@@ -222,7 +200,7 @@ def test_every_recipe_takes_two_steps_of_both(path, hubert, whisper, manifest, t
     card = (final / "student/README.md").read_text()
     assert "PrunedEncoderModel.from_pretrained" in card and "trust_remote_code=True" in card and facts["loss"] in card
     assert (first / "student" / PROJECTIONS_FILE).is_file() and not (final / "student" / PROJECTIONS_FILE).exists()
-    before, after = weights_of(first), weights_of(final)
+    before, after = student_of(first), student_of(final)
     assert before.keys() == after.keys() and any(not after[name].equal(before[name]) for name in after)
 
     model = PrunedEncoderModel.from_pretrained(final / "student")
@@ -303,13 +281,11 @@ def test_resumed_steps_end_with_the_same_student(hubert, manifest, tmp_path):
     argv = arguments(PAPER, hubert, manifest, *more, "--final.max_steps=4")
     for step, run in (("prune", tmp_path / "run-pruned"), ("distil", tmp_path / "run")):
         train.main([*argv, f"--step={step}"])
-        first, facts = weights_of(run), facts_of(run)
-        shutil.rmtree(run / "checkpoint-4")
-        shutil.rmtree(run / "student")
-        (run / "run.json").unlink()
+        first, facts = student_of(run), facts_of(run)
+        forget_the_end(run, 4)
         train.main([*argv, f"--step={step}"])
-        assert first.keys() == weights_of(run).keys()
-        assert all(weights_of(run)[name].equal(weight) for name, weight in first.items())
+        assert first.keys() == student_of(run).keys()
+        assert all(student_of(run)[name].equal(weight) for name, weight in first.items())
         assert facts_of(run) == facts and (run / "checkpoint-4").is_dir()
 
 
@@ -323,7 +299,7 @@ def test_step_two_starts_from_the_pruned_student_and_its_projections(hubert, whi
     trainer, run, _ = built(second)
     student = trainer.model
     assert all(
-        student.encoder.state_dict()[name].equal(weight) for name, weight in weights_of(tmp_path / "run-pruned").items()
+        student.encoder.state_dict()[name].equal(weight) for name, weight in student_of(tmp_path / "run-pruned").items()
     )
     projections = load_file(tmp_path / "run-pruned/student" / PROJECTIONS_FILE)
     assert all(student.projections.state_dict()[name].equal(weight) for name, weight in projections.items())
@@ -366,19 +342,12 @@ def test_a_student_that_lost_a_whole_convolution_is_refused(hubert, manifest):
         trainer.model.extract()
 
 
-def run_sh(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
-    command = ["bash", str(RECIPE / "run.sh"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-
-
 def test_run_sh_says_what_would_do(tmp_path):
-    done = run_sh(tmp_path, "timit")
+    done = run_sh("dphubert", tmp_path, "timit")
     assert done.returncode == 2 and "there are: barista fsdd librispeech quickstart" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--stage", "4")
+    done = run_sh("dphubert", tmp_path, "fsdd", "--stage", "4")
     assert done.returncode == 2 and "a stage is 1 to 3, not '4'" in done.stderr
-    done = run_sh(tmp_path, "--help")
+    done = run_sh("dphubert", tmp_path, "--help")
     assert done.returncode == 0 and "Stages: 1 prepare, 2 prune, 3 distil." in done.stdout
 
 
@@ -387,10 +356,10 @@ def test_the_stages_end_with_a_student_once(whisper, manifest, tmp_path):
     # preparing is the same in all recipes, and tested there
     options = arguments(RECIPE / "fsdd.yaml", whisper, manifest, "--trainer.save_strategy=no")
     words = ["fsdd", "--stage", "2", *options[2:]]
-    done = run_sh(tmp_path, *words)
+    done = run_sh("dphubert", tmp_path, *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [facts_of(tmp_path / name)["step"] for name in ("run-pruned", "run")] == ["prune", "distil"]
     assert (tmp_path / "run/student/model.safetensors").is_file()
-    changed = run_sh(tmp_path, *words, "--final.max_steps=3")  # which step one does not read
+    changed = run_sh("dphubert", tmp_path, *words, "--final.max_steps=3")  # which step one does not read
     assert changed.returncode == 2 and changed.stdout.count("finished before, skipped") == 1
     assert "final.max_steps was 2, now 3" in changed.stderr

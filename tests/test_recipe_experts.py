@@ -1,9 +1,7 @@
 """recipes/whisper_experts on a tiny random teacher and generated audio: its objective, its adapters, its commands."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TOKENS, tiny_whisper
+from recipe_runs import run_sh
 from safetensors.torch import load_file
 from transformers import WhisperForConditionalGeneration
 
@@ -266,16 +265,10 @@ def test_lora_without_peft_says_which_extra_to_install(monkeypatch):
         train.adapt(tiny_whisper(), "lora", "en")
 
 
-def run_sh(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", str(RECIPE / "run.sh"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-
-
 def test_run_sh_says_what_would_do(tmp_path):
-    done = run_sh(tmp_path, "timit")
+    done = run_sh("whisper_experts", tmp_path, "timit")
     assert done.returncode == 2 and "there are: barista common_voice fsdd" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--stage", "4")
+    done = run_sh("whisper_experts", tmp_path, "fsdd", "--stage", "4")
     assert done.returncode == 2 and "a stage is 1 to 3, not '4'" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--student.adapter", "lora")
+    done = run_sh("whisper_experts", tmp_path, "fsdd", "--student.adapter", "lora")
     assert done.returncode == 2 and '--adapters "experts lora none" chooses' in done.stderr

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT, write_tone
+from recipe_runs import forget_the_end, run_sh, student_of
 from safetensors.torch import load_file
 from test_labels_embeddings import make_folder
 from test_models_segue import make_model, save_model
@@ -356,10 +355,6 @@ def whisper_run(sentence_model: str, manifest: Path, tmp_path: Path) -> list[str
     return arguments(RECIPE / "quickstart.yaml", sentence_model, str(save_tiny_whisper(tmp_path)), manifest)
 
 
-def student_of(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "student/model.safetensors")
-
-
 @pytest.mark.recipe
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_every_recipe_trains_two_steps(path, sentence_model, wav2vec2_folder, manifest, tmp_path):
@@ -417,9 +412,7 @@ def test_a_resumed_run_ends_with_the_same_student(whisper_run, tmp_path):
     train.main(whisper_run)
     run = tmp_path / "run"
     first = student_of(run)
-    shutil.rmtree(run / "checkpoint-2")
-    shutil.rmtree(run / "student")
-    (run / "run.json").unlink()
+    forget_the_end(run, 2)
     train.main(whisper_run)
     assert all(student_of(run)[name].equal(weight) for name, weight in first.items())
 
@@ -519,27 +512,19 @@ def test_doctor_checks_the_recipe_and_estimates_its_costs(whisper_run, manifest)
     assert found["estimates"]["total_steps"] == 2
 
 
-def run_sh(folder: Path, *words: str, first_on_path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    path = path if first_on_path is None else f"{first_on_path}:{path}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
-    command = ["bash", str(RECIPE / "run.sh"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-
-
 def test_run_sh_says_what_would_do(tmp_path):
-    done = run_sh(tmp_path, "timit")
+    done = run_sh("segue", tmp_path, "timit")
     assert done.returncode == 2 and "there are: barista fluent_speech_commands fsdd" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--stage", "7")
+    done = run_sh("segue", tmp_path, "fsdd", "--stage", "7")
     assert done.returncode == 2 and "a stage is 1 to 6, not '7'" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--stop-stage")
+    done = run_sh("segue", tmp_path, "fsdd", "--stop-stage")
     assert done.returncode == 2 and "--stop-stage needs a value" in done.stderr
 
 
 @pytest.mark.recipe
 def test_the_stages_end_with_a_scored_student(whisper_run, tmp_path):
     options = [*whisper_run[2:], "--understanding=null", "--stage", "2"]
-    first = run_sh(tmp_path, "quickstart", *options)
+    first = run_sh("segue", tmp_path, "quickstart", *options)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "the texts are those of the manifests" in first.stdout and "| SEGUE |" in first.stdout
     assert "no understanding section" in first.stdout
@@ -554,7 +539,7 @@ def test_every_split_is_transcribed_by_the_label_teacher(tmp_path):
     program.write_text('#!/bin/sh\necho "$@" >> "$0.log"\n')  # stands for the program that is called
     program.chmod(0o755)
     words = ["barista", "--stage", "2", "--stop-stage", "2", "--data.labels_dir=said", "--data.dev_manifest=dev.jsonl"]
-    done = run_sh(tmp_path, *words, "--data.label_teacher=openai/whisper-small", first_on_path=program.parent)
+    done = run_sh("segue", tmp_path, *words, "--data.label_teacher=openai/whisper-small", first_on_path=program.parent)
     assert done.returncode == 0, done.stderr
     calls = Path(f"{program}.log").read_text().splitlines()
     start = "label --teacher openai/whisper-small --whisper-task transcribe --batch-size 16 --max-new-tokens 96"

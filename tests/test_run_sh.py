@@ -1,38 +1,27 @@
 """recipes/distil_whisper/run.sh as a user calls it, with a tiny random teacher."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from recipe_runs import run_sh
 
 pytestmark = pytest.mark.recipe
 
 
-def run_sh(folder: Path, *arguments: str, first_on_path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    path = path if first_on_path is None else f"{first_on_path}:{path}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": path}
-    command = ["bash", str(ROOT / "recipes/distil_whisper/run.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-
-
 def test_wrong_words_end_with_2_and_say_what_would_do(tmp_path):
-    done = run_sh(tmp_path, "timit")
+    done = run_sh("distil_whisper", tmp_path, "timit")
     assert done.returncode == 2 and "there are: barista common_voice" in done.stderr and "quickstart" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--stage", "9")
+    done = run_sh("distil_whisper", tmp_path, "fsdd", "--stage", "9")
     assert done.returncode == 2 and "a stage is 1 to 4, not '9'" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--corpus-dir")
+    done = run_sh("distil_whisper", tmp_path, "fsdd", "--corpus-dir")
     assert done.returncode == 2 and "--corpus-dir needs a value" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--corpus-dir", "nowhere")
+    done = run_sh("distil_whisper", tmp_path, "fsdd", "--corpus-dir", "nowhere")
     assert done.returncode == 2 and "nowhere does not exist; give --corpus-dir a folder with recordings/" in done.stderr
-    done = run_sh(tmp_path, "common_voice", "--corpus-dir", "nowhere")
+    done = run_sh("distil_whisper", tmp_path, "common_voice", "--corpus-dir", "nowhere")
     assert done.returncode == 2 and "nowhere does not exist" in done.stderr and "stage 1" in done.stdout
-    done = run_sh(tmp_path, "fsdd", "--data.train_manifest", "my/own/train.jsonl")
+    done = run_sh("distil_whisper", tmp_path, "fsdd", "--data.train_manifest", "my/own/train.jsonl")
     assert done.returncode == 2 and "no script of data_prep makes my/own/train.jsonl" in done.stderr
-    done = run_sh(tmp_path, "fsdd", "--trainer.learning_rat", "1")
+    done = run_sh("distil_whisper", tmp_path, "fsdd", "--trainer.learning_rat", "1")
     assert done.returncode == 2 and "trainer.learning_rat" in done.stderr
 
 
@@ -40,15 +29,15 @@ def test_all_stages_run_once_and_a_changed_configuration_is_refused(tmp_path, ti
     options = ["--teacher.name", tiny_teacher, "--trainer.max_steps", "2", "--decoding.max_new_tokens", "4"]
     options += ["--filters.min_mean_logprob=null", "--filters.max_wer=null", "--filters.drop_unfinished=false"]
     options += ["--filters.max_repeated_5grams=null", "--student.decoder_layers=2"]
-    first = run_sh(tmp_path, "quickstart", *options)
+    first = run_sh("distil_whisper", tmp_path, "quickstart", *options)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "| student after |" in first.stdout and "synthetic" in first.stdout
     assert (tmp_path / "exp/distil_whisper/quickstart/student/model.safetensors").is_file()
-    again = run_sh(tmp_path, "quickstart", *options)
+    again = run_sh("distil_whisper", tmp_path, "quickstart", *options)
     assert again.stdout.count("finished before, skipped") == 4
-    changed = run_sh(tmp_path, "quickstart", *options, "--loss.kl=0.5")
+    changed = run_sh("distil_whisper", tmp_path, "quickstart", *options, "--loss.kl=0.5")
     assert changed.returncode == 2 and "loss.kl was 1.0, now 0.5" in changed.stderr and "--force" in changed.stderr
-    forced = run_sh(tmp_path, "quickstart", *options, "--loss.kl=0.5", "--force", "--stop-stage", "3")
+    forced = run_sh("distil_whisper", tmp_path, "quickstart", *options, "--loss.kl=0.5", "--force", "--stop-stage", "3")
     assert forced.returncode == 0, forced.stderr[-2000:]
     assert forced.stdout.count("finished before, skipped") == 2  # data and labels did not change
 
@@ -65,13 +54,15 @@ def test_stored_outputs_are_asked_for_where_they_are_trained_on(tmp_path):
     bin_dir = folder_of_a_command_that_logs(tmp_path)
     options = ["--stage", "2", "--stop-stage", "2", "--teacher.stored_outputs=decoder_states"]
     options += ["--teacher.cache_encoder_states=true", "--data.dev_manifest=dev.jsonl"]
-    done = run_sh(tmp_path, "quickstart", *options, first_on_path=bin_dir)
+    done = run_sh("distil_whisper", tmp_path, "quickstart", *options, first_on_path=bin_dir)
     assert done.returncode == 0, done.stderr
     train_set, test_set, dev_set = (bin_dir / "speechkd.log").read_text().splitlines()
     targets = "--language en --targets text encoder_states decoder_states"
     assert train_set.endswith(targets) and dev_set.endswith(targets) and test_set.endswith("--language en")
     live = [*options[:4], "--teacher.stored_outputs=null", *options[5:]]
-    again = run_sh(tmp_path, "quickstart", *live, first_on_path=bin_dir)  # the labels hold more than it asks for
+    again = run_sh(
+        "distil_whisper", tmp_path, "quickstart", *live, first_on_path=bin_dir
+    )  # the labels hold more than it asks for
     assert again.returncode == 0 and "finished before, skipped" in again.stdout
 
 
@@ -82,7 +73,7 @@ def test_every_corpus_is_labelled_in_its_language_and_windows_where_they_are_tra
     options = ["--stage", "2", "--stop-stage", "2", "--data.pack=true", "--decoding.timestamps=true"]
     options += ["--filters.max_wer=null", "--data.labels_dir=labels", "--data.dev_manifest=dev.jsonl"]
     options += ["--teacher.cache_encoder_states=false", f"--data.extra_corpora={corpora}"]
-    done = run_sh(tmp_path, "quickstart", *options, first_on_path=bin_dir)
+    done = run_sh("distil_whisper", tmp_path, "quickstart", *options, first_on_path=bin_dir)
     assert done.returncode == 0, done.stderr
     logged = (bin_dir / "speechkd.log").read_text().splitlines()
     assert all(call.startswith("label --teacher bundled:whisper-base --whisper-task transcribe") for call in logged)
@@ -94,5 +85,5 @@ def test_every_corpus_is_labelled_in_its_language_and_windows_where_they_are_tra
         f"fr.jsonl --output-dir labels-fr/train --language fr {windows}",
         f"more.jsonl --output-dir labels-more/train --language en {windows}",
     ]
-    changed = run_sh(tmp_path, "quickstart", *options, "--data.pack=false", first_on_path=bin_dir)
+    changed = run_sh("distil_whisper", tmp_path, "quickstart", *options, "--data.pack=false", first_on_path=bin_dir)
     assert changed.returncode == 2 and "data.pack was True, now False" in changed.stderr
