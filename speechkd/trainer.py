@@ -1,16 +1,14 @@
 """The one training loop: transformers' Trainer with a teacher, summed losses and duration-bounded batches."""
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     EarlyStoppingCallback,
@@ -24,6 +22,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from speechkd.arguments import DistillationArguments
+from speechkd.blocks import compile_blocks, shard_blocks
 from speechkd.checkpoints import (
     average_checkpoints,
     checkpoint_bytes,
@@ -34,7 +33,8 @@ from speechkd.checkpoints import (
     require_space,
     rotate,
 )
-from speechkd.data.loader import explain_dead_workers, prefetch, train_loader
+from speechkd.data.loader import explain_dead_workers, train_loader
+from speechkd.data.prefetch import prefetch
 from speechkd.data.sampler import DurationBatchSampler
 from speechkd.ema import EmaCallback, WeightAverage
 from speechkd.files import write_jsonl
@@ -130,9 +130,7 @@ class DistillationTrainer(Trainer):
         if not self.is_fsdp_enabled:
             return self.accelerator.prepare_model(teacher, evaluation_mode=True)
         cast(nn.Module, teacher).to(self.args.device)
-        for block in transformer_blocks(teacher):
-            fully_shard(block)
-        fully_shard(teacher)
+        shard_blocks(teacher)
         return teacher
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -285,7 +283,7 @@ class DistillationTrainer(Trainer):
         """
         if self.eval_dataset is None or self.eval_sampler is None:
             raise ValueError("trainer.eval_strategy needs data to evaluate on; set data.dev_manifest, or set it to no")
-        averaged = contextlib.nullcontext() if self.ema is None else self.ema.applied(self.model)
+        averaged = nullcontext() if self.ema is None else self.ema.applied(self.model)
         was_training = self.model.training
         self.model.eval()
         with averaged, self._loss_in_forward(), torch.no_grad():
@@ -376,20 +374,6 @@ class DistillationTrainer(Trainer):
         super()._load_best_model()
         if self.ema is not None:
             self.ema.load(Path(cast(str, self.state.best_model_checkpoint)) / EMA_FILE)
-
-
-def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Layers of a model that are repeated, as transformers names them for sharding."""
-    names = set(model._no_split_modules or ())
-    # by base classes too: sharding makes subclasses
-    return [module for module in model.modules() if names & {base.__name__ for base in type(module).__mro__}]
-
-
-def compile_blocks(model: PreTrainedModel, **compiler: str | None) -> None:
-    """Compile each transformer block in place; `compiler` are arguments of `torch.compile`."""
-    for block in transformer_blocks(model):
-        if block._compiled_call_impl is None:  # teacher and student may share an encoder
-            block.compile(**compiler)
 
 
 class _Hooks(TrainerCallback):

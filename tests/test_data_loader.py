@@ -17,14 +17,13 @@ from speechkd.data.audio import AudioError, load_utterance
 from speechkd.data.audit import usable_clips
 from speechkd.data.loader import (
     GRID_SAMPLES,
-    _one_ahead,
     clip_batches,
     explain_dead_workers,
     pad_waveforms,
-    prefetch,
     train_loader,
 )
 from speechkd.data.manifest import read_manifest, write_manifest
+from speechkd.data.prefetch import _one_ahead, prefetch
 from speechkd.data.sampler import DurationBatchSampler
 
 NUM_ITEMS = 12

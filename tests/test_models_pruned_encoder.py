@@ -23,8 +23,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from speechkd.models import pruned_encoder
 from speechkd.models.encoder_extraction import EncoderMasks, prune_encoder
+from speechkd.models.hard_concrete import HardConcreteGates
 from speechkd.models.pruned_encoder import PrunedEncoderConfig, PrunedEncoderModel, encoder_parts
-from speechkd.models.pruning import GatedEncoder, HardConcreteGates
+from speechkd.models.pruning import GatedEncoder
 
 SIZES = {
     "hidden_size": 32,

@@ -21,13 +21,12 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from speechkd.models.hard_concrete import HardConcreteGates, hard_concrete
 from speechkd.models.pruning import (
     DROP_RATES,
     GatedEncoder,
-    HardConcreteGates,
     LayerProjections,
     SparsityPenalty,
-    hard_concrete,
     layer_states,
     parameter_groups,
     target_sparsity,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from speechkd.arguments import DistillationArguments
+from speechkd.blocks import transformer_blocks
 from speechkd.checkpoints import last_complete_checkpoint
-from speechkd.trainer import transformer_blocks
 
 SETTINGS = {"max_steps": 4, "max_grad_norm": 1.0, "learning_rate": 0.5, "logging_steps": 1}
 

@@ -11,10 +11,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from test_trainer import CachedItems, make_trainer, weights_of
 
+from speechkd.blocks import transformer_blocks
 from speechkd.checkpoints import last_complete_checkpoint
 from speechkd.preemption import Preempted
 from speechkd.progress import progress_text, throughput_logs
-from speechkd.trainer import DistillationArguments, transformer_blocks
+from speechkd.trainer import DistillationArguments
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 9}
 EVALUATION = {"eval_items": 7, "eval_strategy": "steps", "eval_steps": 1, **EVERY_STEP}

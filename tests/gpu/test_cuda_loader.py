@@ -5,7 +5,8 @@ import torch
 from torch.utils.data import Dataset
 
 from speechkd.data.audio import AudioError, pcm16_to_float
-from speechkd.data.loader import pad_waveforms, prefetch, train_loader
+from speechkd.data.loader import pad_waveforms, train_loader
+from speechkd.data.prefetch import prefetch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
