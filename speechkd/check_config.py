@@ -109,13 +109,9 @@ def check_manifest(path: str) -> tuple[dict[str, Any], list[str], list[str]]:
         facts = _manifest_facts(read_utterances(path), _window_seconds("whisper"), None)
     except ValueError as error:
         return {"path": path}, [str(error)], []
-    if facts["longer_than_window"]:
-        return (
-            facts,
-            [],
-            [f"{facts['longer_than_window']} utterances are longer than Whisper's 30 s and will be skipped; cut them"],
-        )
-    return facts, [], []
+    count = facts["longer_than_window"]
+    advice = [f"{count} utterances are longer than Whisper's 30 s and will be skipped; cut them"] if count else []
+    return facts, [], advice
 
 
 def read_config(config_class: type, path: Path, overrides: Sequence[str]) -> tuple[Any, list[str]]:

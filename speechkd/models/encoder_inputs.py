@@ -127,10 +127,7 @@ class EncoderInputs(nn.Module):
             return 1
         if self.kind == "wav2vec2-bert":
             return KALDI_FRAME_SAMPLES + (self.stride - 1) * HOP_LENGTH_SAMPLES
-        field = 1
-        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
-            field = (field - 1) * stride + kernel
-        return field
+        return convolutions_field_samples(self.config)
 
     @property
     def window_seconds(self) -> float | None:
@@ -192,3 +189,11 @@ def align_frames(
         )
     predictions, targets = predictions[:, :, :width], targets[:, :, :width]
     return predictions, targets, padding_mask(frames, predictions[:, 0, :, 0])
+
+
+def convolutions_field_samples(config: Any) -> int:
+    """Samples that one frame of the convolutions needs: 400 for wav2vec 2.0 and its like."""
+    field = 1
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        field = (field - 1) * stride + kernel
+    return field

@@ -27,7 +27,7 @@ from speechkd.data.features import (
 from speechkd.files import atomic_write, write_json
 from speechkd.losses.embedding import info_nce
 from speechkd.losses.hidden import hidden_cosine, hidden_mse
-from speechkd.models.encoder_inputs import WAVEFORM_ENCODERS
+from speechkd.models.encoder_inputs import WAVEFORM_ENCODERS, convolutions_field_samples
 from speechkd.models.speech_encoders import save_encoder
 from speechkd.teachers import teacher_identity
 from speechkd.teachers_text import masked_mean
@@ -274,12 +274,7 @@ class SegueEncoder(PreTrainedModel):
     @property
     def receptive_field_samples(self) -> int:
         """The shortest clip that gives a frame."""
-        if self.is_whisper:
-            return 1
-        field = 1
-        for kernel, stride in zip(reversed(self.config.conv_kernel), reversed(self.config.conv_stride), strict=True):
-            field = (field - 1) * stride + kernel
-        return field
+        return 1 if self.is_whisper else convolutions_field_samples(self.config)
 
     def _freeze_lower(self) -> None:
         if not 0 <= self.num_frozen_layers < self.num_layers:
