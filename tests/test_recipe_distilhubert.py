@@ -425,7 +425,7 @@ def test_a_student_with_thinner_convolutions_trains_and_is_loaded_by_stock_trans
     more = (f"--student.conv_dim={conv_dim}", "--student.num_layers=3", "--student.intermediate_size=40")
     train.main(arguments(PAPER, hubert, manifest, *more))
     loaded, info = AutoModel.from_pretrained(tmp_path / "run/student", output_loading_info=True)
-    facts = json.loads((tmp_path / "run/run.json").read_text())
+    facts = facts_of(tmp_path / "run")
     assert list(loaded.config.conv_dim) == widths and not info["missing_keys"] and len(loaded.encoder.layers) == 3
     assert facts["parameters"] == loaded.num_parameters() and facts["encoder_layers"] == 3
 
