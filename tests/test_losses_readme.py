@@ -28,6 +28,7 @@ def names() -> dict:
         "mask": torch.ones(2, 6, dtype=torch.bool),
         "labels": labels,
         "ids": labels,
+        "codes": torch.randint(0, 16, (2, 6, 4)),
         "hs": torch.randn(2, 6, 8, requires_grad=True),
         "ht": torch.randn(2, 6, 8),
         "ws": torch.randn(11, 8),
