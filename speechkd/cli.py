@@ -97,6 +97,8 @@ def _label(arguments: Namespace) -> dict[str, Any]:
     lacking = [f"--{name}" for name in ("teacher", "manifest") if getattr(arguments, name) is None]
     if lacking:
         raise ValueError(f"labelling needs {' and '.join(lacking)}; only --verify and --merge do without")
+    if "mvq" in arguments.targets or arguments.quantizers:
+        return _label_codes(arguments)
     store = label_manifest(
         arguments.teacher,
         arguments.manifest,
@@ -118,6 +120,56 @@ def _label(arguments: Namespace) -> dict[str, Any]:
         "audio_hours": seconds / 3600,
         "rtfx": seconds / compute_seconds if rows else 0.0,
     }
+
+
+def _label_codes(arguments: Namespace) -> dict[str, Any]:
+    from speechkd.labels.mvq_labels import codes_summary, label_codes
+
+    if arguments.targets != ["mvq"] or not arguments.quantizers:
+        raise ValueError(
+            f"--targets mvq stands alone and needs --quantizers, got --targets {' '.join(arguments.targets)} and "
+            f"--quantizers {' '.join(arguments.quantizers or ['none'])}; label text into another folder, and fit a "
+            "quantizer with `speechkd fit-quantizer`"
+        )
+    if arguments.engine != "local" or arguments.pack or arguments.timestamps or arguments.batch_size == "auto":
+        raise ValueError(
+            "--targets mvq works without --pack, --timestamps, --engine ray and --batch-size auto; leave them out, and "
+            "label parts of a corpus on several machines for --merge"
+        )
+    store = label_codes(
+        arguments.teacher,
+        arguments.quantizers,
+        arguments.manifest,
+        arguments.output_dir,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        max_skipped_fraction=arguments.max_skipped_fraction,
+        device=arguments.device,
+    )
+    return codes_summary(store)
+
+
+def _fit_quantizer(arguments: Namespace) -> dict[str, Any]:
+    from speechkd.labels.mvq_labels import fit_quantizer
+    from speechkd.models.quantizer_fit import FitConfig
+
+    return fit_quantizer(
+        arguments.teacher,
+        arguments.layer,
+        arguments.manifest,
+        arguments.output_dir,
+        config=FitConfig(
+            bytes_per_frame=arguments.bytes_per_frame,
+            phase1_steps=arguments.phase1_steps,
+            phase2_steps=arguments.phase2_steps,
+            seed=arguments.seed,
+        ),
+        max_frames=arguments.max_frames,
+        batch_size=arguments.batch_size,
+        num_workers=arguments.num_workers,
+        max_skipped_fraction=arguments.max_skipped_fraction,
+        device=arguments.device,
+    )
 
 
 PROBING_ONLY = (
@@ -302,6 +354,7 @@ COMMANDS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
     "evaluate": _evaluate,
     "bench": _bench,
     "export": _export,
+    "fit-quantizer": _fit_quantizer,
     "scores": _scores,
     "doctor": _doctor,
 }

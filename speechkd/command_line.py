@@ -18,6 +18,7 @@ def make_parser() -> ArgumentParser:
     evaluate = command("evaluate", "score a model on a manifest, probe an encoder, or score a prediction file")
     bench = command("bench", "compare size, speed, memory and errors of models")
     export = command("export", "write a model in another format")
+    fit_quantizer = command("fit-quantizer", "fit the codebooks of --targets mvq on a layer of a speech encoder")
     scores = command("scores", "score labels, to filter them without references")
     doctor = commands.add_parser(
         "doctor",
@@ -33,8 +34,9 @@ def make_parser() -> ArgumentParser:
     _add_probing(evaluate)
     _add_bench(bench)
     _add_export(export)
+    _add_fit_quantizer(fit_quantizer)
     _add_scores(scores)
-    for parser_of_command in (label, evaluate, bench, export, scores, doctor):
+    for parser_of_command in (label, evaluate, bench, export, fit_quantizer, scores, doctor):
         parser_of_command.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
@@ -44,9 +46,12 @@ def _add_label(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--targets",
         nargs="+",
-        choices=("text", "encoder_states", "topk", "decoder_states"),
+        choices=("text", "encoder_states", "topk", "decoder_states", "mvq"),
         default=["text"],
-        help="what to keep of the teacher",
+        help="what to keep of the teacher; mvq, alone, are codes of a speech encoder's states, with --quantizers",
+    )
+    parser.add_argument(
+        "--quantizers", nargs="+", metavar="DIR", help="of fit-quantizer, one for each layer, with --targets mvq"
     )
     parser.add_argument("--pack", action="store_true", help="join clips of one speaker to windows of up to 30 s")
     parser.add_argument("--timestamps", action="store_true", help="put each segment between timestamps")
@@ -146,6 +151,22 @@ def _add_export(parser: ArgumentParser) -> None:
     parser.add_argument("--max-clips", type=int, default=20, help="clips to compare with the source model")
     _add_transcription(parser, manifest_required=False)
     parser.set_defaults(num_workers=0, batch_size=1)
+
+
+def _add_fit_quantizer(parser: ArgumentParser) -> None:
+    parser.add_argument("--teacher", required=True, help="Hub id, folder or bundled:<name> of a speech encoder")
+    parser.add_argument("--layer", required=True, type=int, help="1 is the output of the first block")
+    parser.add_argument("--manifest", required=True, help="JSONL manifest of data_prep")
+    parser.add_argument("--output-dir", required=True, help="folder for the quantizer; absent or empty")
+    parser.add_argument("--bytes-per-frame", type=int, default=8, help="codebooks of 256 entries, a power of two")
+    parser.add_argument("--max-frames", type=int, default=500_000, help="frames of the teacher to fit on")
+    parser.add_argument("--phase1-steps", type=int, default=10_000, help="steps with codebooks of 16 entries")
+    parser.add_argument("--phase2-steps", type=int, default=10_000, help="steps with codebooks of 256 entries")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=8, help="clips that the teacher hears together")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode audio")
+    parser.add_argument("--max-skipped-fraction", type=float, default=0.01, help="share of clips that may be unusable")
+    parser.add_argument("--device", help="torch device; CUDA if there is one")
 
 
 def _add_scores(parser: ArgumentParser) -> None:

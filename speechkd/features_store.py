@@ -232,7 +232,7 @@ def store_states(
             num_workers=num_workers,
         )
         with sigterm_requests() as termination, ShardWriter(store, manifest, pending, max_skipped_fraction) as writer:
-            for clips, skipped in _groups(batches, encoder, batch_size):
+            for clips, skipped in clip_groups(batches, encoder, batch_size):
                 rows, arrays = _states_of(encoder, clips, mean, device) if clips else ([], {})
                 waiting = sum(array.nbytes for array in (*writer.arrays.values(), *arrays.values()))
                 writer.add(rows, arrays, skipped, write_now=termination.received or waiting > SHARD_BYTES)
@@ -244,7 +244,7 @@ def store_states(
 Clip = tuple[dict[str, Any], Tensor]
 
 
-def _groups(
+def clip_groups(
     batches: Iterable[ClipBatch], encoder: FrameEncoder, batch_size: int
 ) -> Iterator[tuple[list[Clip], list[dict[str, Any]]]]:
     """Clips to encode together, and rows of those to skip."""

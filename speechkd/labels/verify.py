@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from speechkd.data.hub import read_utterances
+from speechkd.features_store import load_frame_encoder
 from speechkd.files import folder_lock, read_jsonl, write_jsonl
 from speechkd.labels.decoder_state_labels import decoder_states_key, is_decoder_states
+from speechkd.labels.mvq_codes import is_codes, mvq_key
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, check_teacher, create_store
 from speechkd.labels.topk_records import topk_key
 from speechkd.teachers import load_whisper, teacher_identity
@@ -76,11 +78,17 @@ def verify_store(
         _complain(problems, other, "last longer or shorter in the manifest; the labels belong to other audio")
     if teacher_name is not None:
         try:
-            dtype = getattr(torch, store.header["decoding"]["dtype"])
-            check_teacher(store, teacher_identity(teacher_name, load_whisper(teacher_name, dtype=dtype)))
+            check_teacher(store, _identity_for(store, teacher_name))
         except LabelStoreError as error:
             problems.append(str(error))
     return {**report, "problems": problems, "num_skipped": len(skipped), **found.remarks}
+
+
+def _identity_for(store: LabelStore, teacher_name: str) -> dict[str, Any]:
+    if "mvq" in store.header:
+        return load_frame_encoder(teacher_name).identity
+    dtype = getattr(torch, store.header["decoding"]["dtype"])
+    return teacher_identity(teacher_name, load_whisper(teacher_name, dtype=dtype))
 
 
 class _Found:
@@ -100,8 +108,9 @@ def _read_shards(store: LabelStore) -> _Found:
     bad_arrays: list[str] = []
     digests: dict[str, str] = {}
     previous: dict[str, str] = {}
+    has_text = "mvq" not in store.header
     for path in tqdm(store.row_files(), desc="verify", unit="shard"):
-        rows, line_problems = _parse(path)
+        rows, line_problems = _parse(path, ("text", "finished", "no_speech_prob") if has_text else ("num_frames",))
         found.problems += line_problems
         keys = [row["id"] for row in rows]
         # by ids and not by bytes: a shard labelled again differs in its compute_seconds
@@ -115,6 +124,8 @@ def _read_shards(store: LabelStore) -> _Found:
             found.seconds.update((part["id"], part["duration_seconds"]) for part in row.get("parts") or [row])
             if row.get("previous_id") is not None:
                 previous[row["id"]] = row["previous_id"]
+            if not has_text:
+                continue
             is_empty = not row["text"].strip()
             found.remarks["num_empty"] += is_empty
             found.remarks["num_unfinished"] += not row["finished"]
@@ -126,12 +137,12 @@ def _read_shards(store: LabelStore) -> _Found:
     return found
 
 
-def _parse(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _parse(path: Path, fields: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     rows, problems = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = json.loads(line)
-            missing = {"id", "duration_seconds", "text", "finished", "no_speech_prob"} - row.keys()
+            missing = {"id", "duration_seconds", *fields} - row.keys()
             if missing:
                 raise ValueError(f"lacks {', '.join(sorted(missing))}")
             rows.append(row)
@@ -143,7 +154,7 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 def _bad_arrays(path: Path, rows: list[dict[str, Any]], header: dict[str, Any]) -> list[str]:
     """Ids that lack an array which the header promises, or whose states are not what it says."""
     targets = set(header["targets"])
-    if not {"encoder_states", "topk", "decoder_states"} & targets:
+    if not {"encoder_states", "topk", "decoder_states", "mvq"} & targets:
         return []
     bad = []
     try:
@@ -156,6 +167,8 @@ def _bad_arrays(path: Path, rows: list[dict[str, Any]], header: dict[str, Any]) 
             for row in rows:
                 key = row["id"]
                 is_bad = "topk" in targets and topk_key(key) not in known
+                if "mvq" in targets:
+                    is_bad = not is_codes(read(mvq_key(key)), header, row["num_frames"])
                 if "encoder_states" in targets and not is_bad:
                     array = read(key)
                     is_bad = list(array.shape) != header["encoder_states"]["shape"] or not array.isfinite().all()
@@ -238,7 +251,9 @@ def _check_same_labels(parts: list[LabelStore]) -> None:
     conflicts: list[str] = []
     for number, part in enumerate(parts):
         for row in part.rows():
-            label = json.dumps([row["token_ids"], round(row["duration_seconds"], 3)]).encode()
+            label = json.dumps(
+                [row.get("token_ids", row.get("num_frames")), round(row["duration_seconds"], 3)]
+            ).encode()
             digest = hashlib.blake2b(label, digest_size=16).digest()
             before, before_number = known.setdefault(row["id"], (digest, number))
             if before != digest:
@@ -254,5 +269,5 @@ def _arrays(path: Path, rows: dict[str, dict[str, Any]]) -> dict[str, torch.Tens
     if not path.exists():
         return {}
     with safe_open(path, "pt") as file:
-        wanted = {*rows, *map(topk_key, rows), *map(decoder_states_key, rows)}
+        wanted = {*rows, *map(topk_key, rows), *map(decoder_states_key, rows), *map(mvq_key, rows)}
         return {key: file.get_tensor(key) for key in file.keys() if key in wanted}  # noqa: SIM118
