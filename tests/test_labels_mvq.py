@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -231,6 +232,20 @@ def test_states_with_nan_are_refused_with_the_utterance_named(place, tmp_path):
     with pytest.raises(QuantizerError, match=r"states of utterance 't\d' hold NaN"):
         label_codes(str(tmp_path / "broken"), [tmp_path / "fits"], place / "tones.jsonl", tmp_path / "labels")
     assert list(LabelStore(tmp_path / "labels").rows()) == []
+
+
+def test_filter_banks_are_quantized_as_well_and_a_rate_that_is_not_the_teachers_is_refused(place, tmp_path):
+    fit_quantizer("log-mel", 0, place / "tones.jsonl", tmp_path / "quantizer", config=QUICK)
+    store = label_codes("log-mel", [tmp_path / "quantizer"], place / "tones.jsonl", tmp_path / "labels")
+    assert store.header["mvq"]["frame_rate_hz"] == 100.0
+    assert {row["id"]: row["num_frames"] for row in store.rows()}["t0"] == 198  # windows of 25 ms
+    clip = ({"id": "t0", "duration_seconds": 2.0}, torch.randn(32_000))
+    for rate_hz in (90.0, 110.0):
+        encoder = replace(load_frame_encoder("log-mel"), frames_per_second=rate_hz)
+        with pytest.raises(
+            QuantizerError, match=f"198 frames of utterance 't0', 2.00 s, 99.0 Hz, .* for {rate_hz:g} Hz"
+        ):
+            mvq_labels._states_of(encoder, [clip], torch.device("cpu"))
 
 
 def test_fits_that_cannot_be_made_are_refused(place, tmp_path):

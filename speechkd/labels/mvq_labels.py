@@ -27,8 +27,6 @@ from speechkd.preemption import Preempted, sigterm_requests
 
 logger = logging.getLogger(__name__)
 
-MAX_FRAMES_OFF = 2.0  # by which frames of a clip may differ from its seconds times the rate
-
 
 def label_codes(
     teacher_name: str,
@@ -224,8 +222,9 @@ def _states_of(encoder: FrameEncoder, clips: list[Clip], device: torch.device) -
                 f"states of utterance {utterance['id']!r} hold NaN or infinity in {encoder.identity['name']}; look at "
                 "the teacher's weights, and leave the clip out of the manifest if it alone does so"
             )
-        expected = length / SAMPLE_RATE_HZ * encoder.frames_per_second
-        if abs(frames - expected) > MAX_FRAMES_OFF:
+        rate = encoder.frames_per_second / SAMPLE_RATE_HZ
+        # all that the first frame hears is heard before the second one begins
+        if not (length - encoder.min_samples) * rate - 1 <= frames <= length * rate + 1:
             raise QuantizerError(
                 f"{encoder.identity['name']} makes {frames} frames of utterance {utterance['id']!r}, "
                 f"{length / SAMPLE_RATE_HZ:.2f} s, {frames * SAMPLE_RATE_HZ / length:.1f} Hz, but its rate is taken "
