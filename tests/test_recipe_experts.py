@@ -22,8 +22,10 @@ from gated_objective import LossConfig, collate_with_lengths, frame_mask, loss_t
 
 from speechkd.check_config import check_config
 from speechkd.config import parse_config
+from speechkd.data.audio import AudioError
 from speechkd.data.features import WhisperLogMel
 from speechkd.estimate import load_recipe
+from speechkd.export.huggingface import export_short_window
 from speechkd.labels.decoding import DecodingConfig
 from speechkd.labels.pseudo_label import label_manifest
 from speechkd.losses.logits import js
@@ -47,7 +49,7 @@ def batch_of(num_samples: tuple[int, ...], texts: tuple[list[int], ...]) -> dict
         }
         for index, (count, text) in enumerate(zip(num_samples, texts, strict=True))
     ]
-    return collate_with_lengths(items, TOKENS)
+    return collate_with_lengths(items, TOKENS, window_seconds=30.0)
 
 
 def student_with_experts() -> WhisperForConditionalGeneration:
@@ -222,6 +224,23 @@ def test_a_teacher_adds_its_term_and_wrong_labels_are_refused(tiny_teacher, tone
     with pytest.raises(ValueError, match="6 of 6 labels .* are not of decoding.language=ca"):
         other = [*more, "--decoding.language=ca", f"--trainer.output_dir={tone_manifest.parent / 'other'}"]
         train.main(arguments(RECIPE / "barista.yaml", tiny_teacher, tone_manifest, "none", *other))
+
+
+@pytest.mark.recipe
+def test_a_short_window_counts_in_batches_and_bounds_the_clips(tiny_teacher, tone_manifest, tmp_path):
+    for seconds in (1, 2):
+        export_short_window(Path(tiny_teacher), tmp_path / f"{seconds}s", seconds)
+    argv = arguments(RECIPE / "fsdd.yaml", str(tmp_path / "2s"), tone_manifest, "lora", "--data.max_batch_seconds=4")
+    trainer, *_ = train.build_trainer(parse_config(train.ExpertsConfig, argv)[0])
+    batches = list(trainer.get_train_dataloader())
+    assert [len(batch["ids"]) for batch in batches] == [2, 2, 2]
+    assert all(batch["padded_seconds"] == 4 for batch in batches)
+    one = arguments(RECIPE / "fsdd.yaml", str(tmp_path / "1s"), tone_manifest, "lora")
+    with pytest.raises(AudioError, match="5 of 6"):
+        train.main([*one, f"--trainer.output_dir={tmp_path / 'one'}"])
+    other = [f"--teacher.name={tiny_teacher}", f"--trainer.output_dir={tmp_path / 'other'}"]
+    with pytest.raises(ValueError, match="has 1500 encoder positions and student.init_from=.*2s 100, but both hear"):
+        train.main([*argv, *other])
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)

@@ -133,10 +133,10 @@ def _num_frames(model: Any) -> int:
     return model.config.max_source_positions
 
 
-def collate_with_lengths(items: Sequence[dict[str, Any]], tokens: WhisperTokens) -> Batch:
+def collate_with_lengths(items: Sequence[dict[str, Any]], tokens: WhisperTokens, window_seconds: float) -> Batch:
     """A batch without timestamps and prompts, and `num_samples`, (batch,): the gates of padding do not count."""
     return {
-        **collate_whisper(items, tokens, LabelDraws()),
+        **collate_whisper(items, tokens, LabelDraws(), window_seconds=window_seconds),
         "num_samples": torch.tensor([len(item["waveform"]) for item in items]),
     }
 

@@ -44,7 +44,6 @@ from speechkd.trainer import DistillationArguments, DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
-WINDOW_SECONDS = 30.0
 # experts of several languages share no weights: one run each gives what a run of all would
 UNUSED_DATA_SETTINGS = ("extra_corpora", "pack", "timestamp_probability", "previous_text_probability")
 
@@ -105,17 +104,20 @@ def labelled_set(
     tokenizer: PreTrainedTokenizerBase,
     tokens: WhisperTokens,
     identity: dict[str, Any] | None,
+    window_seconds: float,
 ) -> tuple[WhisperTrainSet, dict[str, Any]]:
     """The utterances of a split with their labels, and the report of the label filters.
 
     Raises:
-        ValueError: labels of another teacher, or of another language than `decoding.language`.
+        ValueError: labels of another teacher, of another language than `decoding.language`, or of clips that are longer
+            than the student's window.
     """
     data, output_dir = config.data, Path(config.trainer.output_dir)
     manifest = read_utterances(str(data.train_manifest if split == "train" else data.dev_manifest))
     if data.labels_dir is None:
         folder = str(output_dir / ("dev" if split == "dev" else ""))
         limits: dict[str, Any] = {"max_skipped_fraction": data.max_skipped_fraction, "num_workers": data.num_workers}
+        limits["window_seconds"] = window_seconds
         return reference_set(manifest, tokenizer, tokens, output_dir=folder, **limits), {}
     store = LabelStore(Path(data.labels_dir) / split)
     if identity is not None:
@@ -129,6 +131,11 @@ def labelled_set(
         cached_encoder_states=False,
         max_skipped_fraction=data.max_skipped_fraction,
     )
+    if (longest := float(chosen.manifest.durations_seconds.max(initial=0))) > window_seconds:
+        raise ValueError(
+            f"the longest labelled clip of {manifest.path} has {longest:.1f} s, and student.init_from="
+            f"{config.student.init_from} hears {window_seconds:g} s; take a student with a longer window"
+        )
     if wrong := sum(tokens.prefix[1] not in ids for ids in chosen.token_ids):
         raise ValueError(
             f"{wrong} of {len(chosen)} labels in {store.folder} are not of decoding.language={config.decoding.language}"
@@ -181,42 +188,59 @@ def build_trainer(config: ExpertsConfig) -> tuple[DistillationTrainer, WhisperPr
     set_seed(config.trainer.seed)
     device, identity, teacher = config.trainer.device, None, None
     student = load_whisper(config.student.init_from, dtype="float32", device=device)
+    log_mel = WhisperLogMel.for_model(student.config).to(device)
+    window_seconds = log_mel.max_samples / SAMPLE_RATE_HZ  # Whisper pads every clip to its window
     if config.teacher is not None:
         teacher = load_whisper(config.teacher.name, dtype=config.teacher.dtype, device=device)
         check_vocabularies(teacher, student)
+        if teacher.config.max_source_positions != student.config.max_source_positions:
+            raise ValueError(
+                f"teacher.name={config.teacher.name} has {teacher.config.max_source_positions} encoder positions and "
+                f"student.init_from={config.student.init_from} {student.config.max_source_positions}, but both hear "
+                "the same input; shorten both windows, or none"
+            )
         identity = teacher_identity(config.teacher.name, teacher)
     base = teacher_identity(config.student.init_from, student)
     wrapper = adapt(student, config.student.adapter, config.decoding.language)
     processor = load_processor(config.student.init_from)
     tokens = decoding_tokens(config.student.init_from, student, processor.tokenizer, config.decoding)
     with config.trainer.main_process_first(desc="preparing the data"):
-        train_set, filter_report = labelled_set(config, "train", processor.tokenizer, tokens, identity)
+        labelled = partial(
+            labelled_set,
+            config,
+            tokenizer=processor.tokenizer,
+            tokens=tokens,
+            identity=identity,
+            window_seconds=window_seconds,
+        )
+        train_set, filter_report = labelled("train")
         dev_set = None
         if config.data.dev_manifest is not None:
-            dev_set, _ = labelled_set(config, "dev", processor.tokenizer, tokens, identity)
+            dev_set, _ = labelled("dev")
     if config.data.augment is not None:
         train_set.augment = WaveformAugment(config.data.augment, SAMPLE_RATE_HZ, config.trainer.seed)
+        train_set.window_samples = log_mel.max_samples
     run = describe_run(config, student, identity, base, train_set, filter_report)
     trainer = DistillationTrainer(
         student,
         teacher,
         args=config.trainer,
         train_dataset=train_set,
-        collate=partial(collate_with_lengths, tokens=tokens),
+        collate=partial(collate_with_lengths, tokens=tokens, window_seconds=window_seconds),
         sampler=DurationBatchSampler(
-            np.full(len(train_set), WINDOW_SECONDS),  # Whisper pads every clip to its window
+            np.full(len(train_set), window_seconds),
             config.data.max_batch_seconds,
             seed=config.trainer.seed,
             rank=config.trainer.process_index,
             world_size=config.trainer.world_size,
             sort_keys=train_set.label_lengths,
         ),
-        loss_terms=partial(loss_terms, weights=config.loss, log_mel=WhisperLogMel.for_model(student.config).to(device)),
+        loss_terms=partial(loss_terms, weights=config.loss, log_mel=log_mel),
         count_items=count_items,
         eval_dataset=dev_set,
         eval_sampler=None
         if dev_set is None
-        else DurationBatchSampler(np.full(len(dev_set), WINDOW_SECONDS), config.data.max_batch_seconds),
+        else DurationBatchSampler(np.full(len(dev_set), window_seconds), config.data.max_batch_seconds),
     )
     trainer.add_callback(GateNoise(student))
     return trainer, processor, run, wrapper

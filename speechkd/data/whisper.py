@@ -18,7 +18,15 @@ from speechkd.data.collate import MAX_LABEL_TOKENS, LabelDraws, WhisperTokens, c
 from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES
 from speechkd.data.loader import pad_waveforms, report_skipped
 from speechkd.data.manifest import FIELDS, Manifest
-from speechkd.data.packing import PACK_FEATURES, PackedManifest, load_pack, pack_label, pack_manifest, split_label
+from speechkd.data.packing import (
+    PACK_FEATURES,
+    WINDOW_SECONDS,
+    PackedManifest,
+    load_pack,
+    pack_label,
+    pack_manifest,
+    split_label,
+)
 from speechkd.files import read_jsonl
 from speechkd.labels.decoder_state_labels import collate_decoder_states, read_decoder_states
 from speechkd.labels.filters import NEED_REFERENCES, FilterConfig, apply_filters
@@ -52,6 +60,7 @@ class WhisperTrainSet(Dataset):
         self.manifest, self.token_ids, self.states = manifest, token_ids, states
         self.previous = [None] * len(token_ids) if previous is None else list(previous)
         self.augment: WaveformAugment | None = None
+        self.window_samples = WINDOW_SAMPLES  # of the student; no clip is slowed down beyond it
         # with the teacher's top-k targets or decoder states, if they are wanted
         self.topk: LabelStore | None = None
         self.decoder_states: LabelStore | None = None
@@ -87,11 +96,15 @@ class WhisperTrainSet(Dataset):
         waveform = load_pack(utterance, SAMPLE_RATE_HZ)
         augmented = self.augment(waveform, utterance["id"], self.epoch)
         # slowed down beyond the window, the clip would lose the words at its end
-        return {**item, "waveform": augmented if len(augmented) <= WINDOW_SAMPLES else waveform}
+        return {**item, "waveform": augmented if len(augmented) <= self.window_samples else waveform}
 
 
 def collate_whisper(
-    items: Sequence[dict[str, Any]], tokens: WhisperTokens, draws: LabelDraws | None = None
+    items: Sequence[dict[str, Any]],
+    tokens: WhisperTokens,
+    draws: LabelDraws | None = None,
+    *,
+    window_seconds: float = WINDOW_SECONDS,
 ) -> dict[str, Any]:
     """A batch: `ids`, `decoder_input_ids` and `labels` (batch, tokens), and what the items carry of the audio.
 
@@ -104,6 +117,7 @@ def collate_whisper(
         items: of a `WhisperTrainSet`.
         tokens: of the vocabulary.
         draws: how often timestamps and prompts are there; None takes the labels as they are, without prompts.
+        window_seconds: of the model, if it was shortened.
     """
     sequences = [item["token_ids"] for item in items]
     if draws is not None:
@@ -119,7 +133,7 @@ def collate_whisper(
         "decoder_input_ids": decoder_input_ids,
         "labels": labels,
         "audio_seconds": sum(item["duration_seconds"] for item in items),
-        "padded_seconds": len(items) * WINDOW_SAMPLES / SAMPLE_RATE_HZ,
+        "padded_seconds": len(items) * window_seconds,
     }
     num_tokens, width = list(map(len, sequences)), labels.shape[1]
     if "topk" in items[0]:
@@ -325,6 +339,7 @@ def reference_set(
     max_skipped_fraction: float,
     num_workers: int = 0,
     pack: bool = False,
+    window_seconds: float = WINDOW_SECONDS,
 ) -> WhisperTrainSet:
     """Utterances with their own text as labels, for fine-tuning without a teacher.
 
@@ -338,6 +353,7 @@ def reference_set(
         max_skipped_fraction: share of clips that may be undecodable or have a label that is too long.
         num_workers: processes that decode; 0 decodes in this one.
         pack: join utterances to windows of up to 30 s, each between timestamps.
+        window_seconds: of the student, if it was shortened; longer clips cannot be used.
 
     Raises:
         ValueError: an utterance has no text.
@@ -356,7 +372,7 @@ def reference_set(
     usable = usable_clips(
         manifest,
         output_dir,
-        max_seconds=WINDOW_SAMPLES / SAMPLE_RATE_HZ,
+        max_seconds=window_seconds,
         max_skipped_fraction=max_skipped_fraction,
         num_workers=num_workers,
     )
