@@ -63,13 +63,13 @@ def format_table(run_dirs: Sequence[Path]) -> str:
         "|---|---|---:|" + "---:|" * len(columns),
     ]
     for (mode, k, system), results in rows:
-        cells = [format_cell([run[key] for result in results for run in result["runs"]], key) for key, _ in columns]
+        cells = [_cell([run[key] for result in results for run in result["runs"]], key) for key, _ in columns]
         clips = sorted({result["num_train"] for result in results})
         lines.append(f"| {MODES[mode].format(k=k)} | {system} | {', '.join(map(str, clips))} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _notes(contents, len(run_dirs))])
 
 
-def format_cell(values: list[float | None], key: str) -> str:
+def _cell(values: list[float | None], key: str) -> str:
     present = [value for value in values if value is not None]
     if not present:
         return "-"

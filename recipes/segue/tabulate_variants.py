@@ -1,22 +1,18 @@
 """Table of what it costs and brings to train more or less of the student, on more or less audio.
 
 Launch: python recipes/segue/tabulate_variants.py RUN_DIR [RUN_DIR ...] [--readme FILE --marker NAME]
-One row for each run of run.sh, from its results.json and understanding.json. With --readme the table replaces what
-stands between `<!-- NAME -->` and `<!-- /NAME -->` there.
+One row for each run of run.sh, from its results.json. With --readme the table replaces what stands between
+`<!-- NAME -->` and `<!-- /NAME -->` there.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from tabulate_understanding import COLUMNS as SCORES
-from tabulate_understanding import format_cell
 
 from speechkd.readme_tables import parse_table_arguments, require_results, show_table
 
-MODE = "frozen"
+COLUMNS = ["learning layers", "heard", "states below", "store targets s", "train s", "top-1 %", "cosine with own text"]
 
 
 def format_table(run_dirs: Sequence[Path]) -> str:
@@ -26,45 +22,32 @@ def format_table(run_dirs: Sequence[Path]) -> str:
         run_dirs: run folders.
 
     Raises:
-        SystemExit: a run was not evaluated, has no frozen mode, or the runs differ in steps, seed or manifests.
+        SystemExit: a run was not evaluated, or the runs differ in steps, seed or data.
     """
-    contents = []
-    for file_name in ("results.json", "understanding.json"):
-        require_results(list(run_dirs), file_name)
-        contents.append([json.loads((run / file_name).read_text(encoding="utf-8")) for run in run_dirs])
-    runs = [results["run"] for results in contents[0]]
+    require_results(list(run_dirs))
+    contents = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in run_dirs]
     for key in ("steps", "seed", "train_manifest", "texts"):
-        if len(values := sorted({str(run[key]) for run in runs})) > 1:
+        if len(values := sorted({str(content["run"][key]) for content in contents})) > 1:
             raise SystemExit(f"error: the runs differ in {key}: {', '.join(values)}; give runs that share it")
-    name, title = next((key, title) for key, title in SCORES if key in _frozen(contents[1][0], run_dirs[0])[0])
-    header = ["learning layers", "heard", "states below", "store targets s", "train s", "top-1 %", title]
-    lines = [f"| {' | '.join(header)} |", "|---|---|---|" + "---:|" * 4]
-    for run_dir, results, understanding in zip(run_dirs, *contents, strict=True):
-        run, seconds = results["run"], results["wall_seconds"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|" + "---:|" * 4]
+    for content in contents:
+        run, seconds, scores = content["run"], content["wall_seconds"], content["models"]["SEGUE"]
         cells = [
             f"{run['encoder_layers'] - run['frozen_layers']} of {run['encoder_layers']}",
             f"clip, to {run['grid_seconds']:g} s" if run["grid_seconds"] else "30 s",
             run["lower_states"] if run["frozen_layers"] else "-",
             f"{seconds['embed']:.0f}",
             f"{seconds['train']:.0f}",
-            f"{100 * results['models']['SEGUE']['top1']:.1f}",
-            format_cell([scores[name] for scores in _frozen(understanding, run_dir)], name),
+            f"{100 * scores['top1']:.1f}",
+            f"{scores['positive_cosine']:.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    first, seeds = runs[0], ", ".join(map(str, contents[1][0]["config"]["seeds"]))
+    first = contents[0]
     notes = (
-        f"{first['steps']} steps on {first['train_manifest']}, seed {first['seed']}; heads on the frozen encoder, "
-        f"seeds {seeds}. {contents[0][0]['device']}, {contents[0][0]['date']}."
+        f"{first['run']['steps']} steps on {first['run']['train_manifest']}, seed {first['run']['seed']}; "
+        f"{first['models']['SEGUE']['num_clips']} test clips. {first['device']}, {first['date']}."
     )
     return "\n".join([*lines, "", notes])
-
-
-def _frozen(understanding: dict[str, Any], run_dir: Path) -> list[dict[str, Any]]:
-    """Scores of the student's heads for each seed."""
-    for result in understanding["results"]:
-        if (result["system"], result["mode"]) == ("SEGUE", MODE):
-            return result["runs"]
-    raise SystemExit(f"error: {run_dir} was not asked on the frozen encoder; add {MODE} to understanding.modes")
 
 
 def main(argv: list[str] | None = None) -> None:
