@@ -18,6 +18,7 @@ def result(seed: int, wer: float, decoder_layers: int = 2) -> dict:
         "date": "2026-11-24",
         "synthetic": False,
         "decoder_layers": decoder_layers,
+        "teacher": {"name": "bundled:whisper-base"},
     }
     run["train_manifest"] = "data/x/train.jsonl"
     models = {"teacher": {**scores, "wer": 5.0}, "student after": scores}
@@ -68,6 +69,25 @@ def test_students_of_one_depth_are_one_row_in_order_of_depth(tmp_path, capsys):
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| teacher", "| 1 layer", "| 4 layers"]
     assert rows[3].startswith("| 1 layer | 9.00 ± 1.41 | 55.78 | 2.00 |") and "| 2.00 times |" in rows[3]
     assert rows[2].startswith("| teacher | 5.00 |") and rows[2].endswith("| 1.00 times |")
+
+
+def test_the_speed_of_grouped_runs_may_be_that_of_a_bench(tmp_path, capsys):
+    runs = write_runs(tmp_path, layers1=result(0, 9.0, decoder_layers=1), layers2=result(0, 4.0))
+    rows = [{"name": name, "rtfx": rtfx} for name, rtfx in zip(runs, (30.0, 20.0), strict=True)]
+    models = [
+        {"name": "bundled:whisper-base", "rtfx": 10.0},
+        *({**row, "name": f"{row['name']}/student"} for row in rows),
+    ]
+    (tmp_path / "bench.json").write_text(json.dumps({"models": models}))
+    main([*runs, "--group-by", "layers", "--bench", str(tmp_path / "bench.json")])
+    table = capsys.readouterr().out
+    assert "| teacher | 5.00 | 55.78 | 10.00 |" in table
+    assert "| 1 layer | 9.00 | 55.78 | 30.00 |" in table and "| 2 layers | 4.00 | 55.78 | 20.00 |" in table
+    (tmp_path / "bench.json").write_text(json.dumps({"models": models[:2]}))
+    with pytest.raises(SystemExit, match="bench.json has no model .*layers2/student"):
+        main([*runs, "--group-by", "layers", "--bench", str(tmp_path / "bench.json")])
+    with pytest.raises(SystemExit, match="2"):
+        main([*runs, "--bench", str(tmp_path / "bench.json")])
 
 
 def test_students_are_grouped_by_the_name_of_their_folder_without_the_seed(tmp_path):

@@ -60,8 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Pareto plot of students of several depths.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of students with different decoder layers")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="PNG file")
+    parser.add_argument("--bench", type=Path, help="output of `speechkd bench --json`, whose RTFx is drawn")
     arguments = parser.parse_args(argv)
-    plot_depths(group_measures(arguments.runs, read_results(arguments.runs), "layers"), arguments.output)
+    results = read_results(arguments.runs, arguments.bench)
+    plot_depths(group_measures(arguments.runs, results, "layers"), arguments.output)
     print(arguments.output)
 
 

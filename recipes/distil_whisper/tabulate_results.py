@@ -2,7 +2,8 @@
 
 Launch: python recipes/distil_whisper/tabulate_results.py exp/distil_whisper/fsdd-seed* [--readme FILE --marker NAME]
 With --readme the table replaces what stands between `<!-- NAME -->` and `<!-- /NAME -->` there. --group-by layers has
-one row for each depth of the students, --group-by name one for each folder name without its -seedN. One JSON file in
+one row for each depth of the students, --group-by name one for each folder name without its -seedN; with --bench their
+RTFx is that of a `speechkd bench --json`, in which the models took turns. One JSON file in
 place of the folders, such as the output of `speechkd bench --json`, is written out as it is; several such outputs with
 an --assistant become a row each, of what their assistants are worth.
 """
@@ -211,26 +212,46 @@ def _sentence(notes: dict[str, Any]) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {_cell(value)}" for key, value in notes.items()) + "."
 
 
-def read_results(run_dirs: list[Path]) -> list[dict[str, Any]]:
+def read_results(run_dirs: list[Path], bench: Path | None = None) -> list[dict[str, Any]]:
     """results.json of each run.
 
+    Args:
+        run_dirs: run folders.
+        bench: output of `speechkd bench --json` with the teacher and all students, whose RTFx is taken; in a bench the
+            models take turns, while runs are scored one after another. None keeps that of the runs.
+
     Raises:
-        SystemExit: a run has none; names all of them.
+        SystemExit: a run has no results, or the bench lacks a model; names them.
     """
     require_results(run_dirs)
-    return [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in run_dirs]
+    results = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in run_dirs]
+    if bench is None:
+        return results
+    speeds = {row["name"]: row["rtfx"] for row in json.loads(bench.read_text(encoding="utf-8"))["models"]}
+    for run_dir, result in zip(run_dirs, results, strict=True):
+        names = {"teacher": result["run"]["teacher"]["name"], "student after": str(run_dir / "student")}
+        for model, name in names.items():
+            if name not in speeds:
+                raise SystemExit(
+                    f"error: {bench} has no model {name}; give it to `speechkd bench --models` by that name"
+                )
+            result["models"][model]["rtfx"] = speeds[name]
+    return results
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Tables out of results.json files and other measurements.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or JSON files of measurements")
     parser.add_argument("--group-by", choices=("layers", "name"), help="one row for each group of runs")
+    parser.add_argument("--bench", type=Path, help="output of `speechkd bench --json`, for the RTFx of grouped runs")
     arguments = parse_table_arguments(parser, argv)
+    if arguments.bench is not None and arguments.group_by is None:
+        parser.error("--bench is for --group-by")
     if all(run.is_file() for run in arguments.runs):
         contents = [json.loads(run.read_text(encoding="utf-8")) for run in arguments.runs]
         table = format_measurements(contents[0]) if len(contents) == 1 else format_assistants(contents)
     else:
-        results = read_results(arguments.runs)
+        results = read_results(arguments.runs, arguments.bench)
         if arguments.group_by:
             table = format_groups_with_notes(arguments.runs, results, arguments.group_by)
         else:
