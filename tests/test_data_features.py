@@ -1,5 +1,7 @@
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -17,6 +19,7 @@ from speechkd.data.audio import load_audio
 from speechkd.data.features import (
     KaldiFbank,
     WhisperLogMel,
+    WhisperWindow,
     clip_by_clip_on_cpu,
     kaldi_num_frames,
     normalize_waveforms,
@@ -196,3 +199,18 @@ def test_real_recordings_equal_the_reference_extractors():
     last = clips[-4:]
     expected = WhisperFeatureExtractor()([c.numpy() for c in last], sampling_rate=16_000, return_tensors="pt")
     assert (WhisperLogMel()(pad(last)[0]) - expected.input_features).abs().max() < 1e-3
+
+
+def test_a_whisper_computes_its_window_or_clips_rounded_up_to_a_grid():
+    lengths = torch.tensor([1, 320, 16_000, 16_001, 479_999])
+    assert WhisperWindow().num_positions(lengths).tolist() == [1500] * 5
+    assert WhisperWindow(30.0, 1.0).num_positions(lengths).tolist() == [50, 50, 50, 100, 1500]
+    assert WhisperWindow(15.0, 0.64).num_positions(torch.tensor([10_240, 10_241, 240_000])).tolist() == [32, 64, 750]
+    heard = WhisperWindow(15.0, 0.64).heard_seconds(np.array([0.64, 3.0, 14.9]))
+    assert heard.tolist() == pytest.approx([0.64, 3.2, 15.0])
+
+
+@pytest.mark.parametrize("grid_seconds", [-0.2, 0.0, 0.03, 15.02, math.inf, math.nan])
+def test_a_grid_is_of_whole_positions_within_the_window(grid_seconds):
+    with pytest.raises(ValueError, match="grid_seconds must be a multiple of 0.02 up to 15, got"):
+        WhisperWindow(15.0, grid_seconds)

@@ -1,5 +1,6 @@
 """recipes/distilhubert on tiny random HuBERTs and Whispers and generated audio: clips, objectives, whole runs."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from encoder_objective import LossConfig, SharedFrames, count_items, loss_terms
 from speechkd.check_config import check_config
 from speechkd.config import parse_config
 from speechkd.data.encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, collate_clips
+from speechkd.data.features import WhisperWindow
 from speechkd.data.manifest import read_manifest
 from speechkd.estimate import load_recipe
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, masked_info_nce, normalize_frames
@@ -42,11 +44,12 @@ def manifest(tmp_path: Path) -> Path:
     return write_clips(tmp_path, [8000 + 1600 * index for index in range(6)])
 
 
-def make_pair(family: str, *, colld: bool = False) -> tuple[Any, Any, SharedFrames]:
+def make_pair(family: str, *, colld: bool = False, grid_seconds: float | None = None) -> tuple[Any, Any, SharedFrames]:
     """Teacher, student and their frames, without dropout."""
     teacher = make_teacher(family, **({"dropout": 0.0} if family == "whisper" else QUIET))
     heads = LayerProjections(2, 32, 32) if colld else PredictionHeads(32, 32, 2)
-    student = CompactStudent(compact_encoder(teacher, 2), heads, mask_spans=colld, normalize_input=True)
+    options: dict[str, Any] = {"normalize_input": True, "grid_seconds": grid_seconds}
+    student = CompactStudent(compact_encoder(teacher, 2), heads, mask_spans=colld, **options)
     return teacher, student, SharedFrames(student.inputs, EncoderInputs(teacher, normalize_input=True))
 
 
@@ -59,9 +62,10 @@ def batch_of(manifest: Path, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("normalize_targets", [False, True])
-@pytest.mark.parametrize("family", ["wav2vec2", "whisper"])  # encoders that padding does not reach
-def test_the_loss_of_a_batch_is_that_of_its_clips_one_by_one(family, normalize_targets, manifest):
-    teacher, student, frames = make_pair(family)
+@pytest.mark.parametrize(("family", "grid_seconds"), [("wav2vec2", None), ("whisper", None), ("whisper", 1.0)])
+def test_the_loss_of_a_batch_is_that_of_its_clips_one_by_one(family, grid_seconds, normalize_targets, manifest):
+    # encoders that padding does not reach; the clips of up to 1 s all end on the same point of the grid
+    teacher, student, frames = make_pair(family, grid_seconds=grid_seconds)
     weights = LossConfig(cosine=0.5, normalize_targets=normalize_targets)
     batch = batch_of(manifest)
     loss, terms = loss_terms(student, teacher, batch, frames=frames, layers=[2, 4], weights=weights)
@@ -81,9 +85,9 @@ def test_the_loss_of_a_batch_is_that_of_its_clips_one_by_one(family, normalize_t
     assert count_items(batch, num_frames=frames, num_layers=2) == 2 * num_frames
 
 
-@pytest.mark.parametrize("family", ["wav2vec2", "whisper"])
-def test_colld_counts_masked_frames_alone_and_the_teacher_hears_all(family, manifest):
-    teacher, student, frames = make_pair(family, colld=True)
+@pytest.mark.parametrize(("family", "grid_seconds"), [("wav2vec2", None), ("whisper", None), ("whisper", 0.3)])
+def test_colld_counts_masked_frames_alone_and_the_teacher_hears_all(family, grid_seconds, manifest):
+    teacher, student, frames = make_pair(family, colld=True, grid_seconds=grid_seconds)
     batch = batch_of(manifest, spans=SpanDraws(frames, 0.1, 3))
     loss, terms = loss_terms(
         student, teacher, batch, frames=frames, layers=[2, 4], weights=LossConfig(method="colld", temperature=0.5)
@@ -95,6 +99,8 @@ def test_colld_counts_masked_frames_alone_and_the_teacher_hears_all(family, mani
     mean = masked_info_nce(ours, clean, batch["masked"], temperature=0.5)  # all others are wrong answers: no draw
     assert (loss / count_items(batch, num_frames=frames, num_layers=2)).item() == pytest.approx(mean.item(), rel=1e-4)
     assert terms.keys() == {"info_nce"} and batch["masked"].any() and not batch["masked"].all()
+    if grid_seconds is not None:  # of 1 s, rounded up to 1.2 s of the window of 2 s
+        assert inputs["input_features"].shape[-1] == 120 and student(inputs, batch["masked"]).shape[2] == 60
     loss.backward()
     assert student.mask_vector.grad.abs().max() > 0
 
@@ -181,7 +187,35 @@ def test_padded_seconds_are_what_the_encoder_computes(manifest):
     assert batch["padded_seconds"] == pytest.approx(6 * 1.0) and batch["audio_seconds"] == pytest.approx(4.5)
     assert batch["waveforms"].shape == (6, 16_000) and batch["waveforms"].dtype == torch.int16
     assert "masked" not in batch
-    assert batch_of(manifest, window_seconds=2.0)["padded_seconds"] == pytest.approx(12.0)
+    assert batch_of(manifest, window=WhisperWindow(2.0))["padded_seconds"] == pytest.approx(12.0)
+    assert batch_of(manifest, window=WhisperWindow(2.0, 0.3))["padded_seconds"] == pytest.approx(6 * 1.2)
+
+
+def test_with_a_grid_batches_hold_more_clips_and_student_teacher_and_log_agree(whisper, manifest):
+    more = ["--data.max_batch_seconds=5", "--teacher.grid_seconds=0.5"]
+    trainer, run = built(arguments(BARISTA, whisper, manifest, *more))
+    whole, _ = built(arguments(BARISTA, whisper, manifest, *more[:1]))
+    assert [len(batch) for batch in whole.sampler] == [2, 2, 2] and run["grid_seconds"] == 0.5
+    batches = list(trainer.sampler)
+    assert sorted(map(sorted, batches)) == [[0], [1, 2, 3, 4, 5]]  # heard as 0.5 and as 1 s
+    heard: list[int] = []
+    trainer.teacher.conv2.register_forward_hook(lambda *call: heard.append(call[-1].shape[-1]))
+    trainer.model.encoder.conv2.register_forward_hook(lambda *call: heard.append(call[-1].shape[-1]))
+    for indices in [*batches, [3, 0]]:
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in indices])
+        trainer.loss_terms(trainer.model, trainer.teacher, batch)
+        positions = math.ceil(max(batch["num_samples"]) / 8000) * 25
+        assert heard[-2:] == [positions, positions]
+        assert batch["padded_seconds"] == pytest.approx(len(indices) * positions / 50)
+    assert set(heard) == {25, 50}
+
+
+def test_a_grid_is_of_whole_positions_within_the_window_of_a_whisper(hubert, whisper, manifest):
+    for wrong in (0.0, 0.03, 2.5):
+        with pytest.raises(ValueError, match=f"grid_seconds must be a multiple of 0.02 up to 2, got {wrong}"):
+            built(arguments(BARISTA, whisper, manifest, f"--teacher.grid_seconds={wrong}"))
+    with pytest.raises(ValueError, match="grid_seconds=0.2 is for Whisper; a hubert hears each clip as it is"):
+        built(arguments(PAPER, hubert, manifest, "--teacher.grid_seconds=0.2"))
 
 
 def test_clips_below_one_frame_are_left_out_and_counted(tmp_path, caplog):

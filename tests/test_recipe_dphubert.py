@@ -77,11 +77,13 @@ def built(argv: list[str]) -> tuple[Any, dict[str, Any], EncoderInputs]:
 # the objective
 
 
-@pytest.mark.parametrize("family", ["wav2vec2", "whisper"])  # encoders that padding does not reach
-def test_the_loss_of_a_batch_is_that_of_its_clips_and_the_penalty_counts_once(family, manifest, tmp_path):
+@pytest.mark.parametrize(("family", "grid_seconds"), [("wav2vec2", None), ("whisper", None), ("whisper", 0.5)])
+def test_the_loss_of_a_batch_is_that_of_its_clips_and_the_penalty_counts_once(family, grid_seconds, manifest, tmp_path):
+    # encoders that padding does not reach; the clips of up to 0.4 s all end on the same point of the grid
     changes = {"dropout": 0.0} if family == "whisper" else QUIET
     teacher, normalize = load_encoder(saved_teacher(tmp_path / "teacher", family, True, **changes))
-    inputs, weights = EncoderInputs(teacher, normalize_input=normalize), LossConfig(layers=[0, 2, 4], cosine=0.5)
+    inputs = EncoderInputs(teacher, normalize_input=normalize, grid_seconds=grid_seconds)
+    weights = LossConfig(layers=[0, 2, 4], cosine=0.5)
     student = gated_student(teacher, ["heads", "ffn_units"], weights.layers, 0.4)
     student.penalty.linear.data.fill_(-3.0)
     clips = ClipSet(read_manifest(manifest), 2.0)
@@ -242,6 +244,23 @@ def test_the_extracted_student_is_the_gated_one_of_the_last_checkpoint(family, h
     per_unit = {"conv": 3 * (80 + 32) + 1, "heads": 16 * 131, "ffn_units": 65}
     allowed = sum(per_unit[kind] * len(gated.gates[kind]) / 2 for kind in gated.gates)
     assert abs(facts["parameters"] - facts["counted_parameters"]) <= allowed
+
+
+@pytest.mark.recipe
+def test_both_steps_compute_a_batch_on_its_longest_clip_with_a_grid(whisper, manifest, tmp_path):
+    argv = arguments(BARISTA, whisper, manifest, "--teacher.grid_seconds=0.1", "--data.max_batch_seconds=1")
+    for step, run in (("prune", tmp_path / "run-pruned"), ("distil", tmp_path / "run")):
+        trainer, _, _ = built([*argv, f"--step={step}"])
+        heard: list[int] = []
+        encoder = trainer.model.encoder if step == "prune" else trainer.model.encoder.encoder
+        for model in (trainer.teacher, encoder):
+            model.conv2.register_forward_hook(lambda *call, into=heard: into.append(call[-1].shape[-1]))
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in (0, 1)])  # 0.25 and 0.3 s
+        trainer.loss_terms(trainer.model, trainer.teacher, batch)
+        assert heard == [15, 15] and batch["padded_seconds"] == pytest.approx(0.6)
+        assert len(list(trainer.sampler)) < 4  # the window is 1 s: without a grid a batch holds one clip
+        train.main([*argv, f"--step={step}"])
+        assert facts_of(run)["grid_seconds"] == 0.1
 
 
 @pytest.mark.recipe

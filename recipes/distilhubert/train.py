@@ -40,6 +40,8 @@ class TeacherConfig:
             `bundled:<name>`.
         layers: target layers of distilhubert, from 1; null for colld, which pairs every layer of the student.
         window_seconds: of a Whisper, the longest clip that it is to hear instead of 30 s; null for 30 s and others.
+        grid_seconds: of a Whisper; it and the student compute a batch on its longest clip, rounded up to a multiple of
+            this; null for the whole window and others.
         dtype: in which it computes, whatever the student does.
         dropout: leave its dropouts on, as the published code of DistilHuBERT does by accident.
         license: licence of its weights, for the student's model card.
@@ -48,6 +50,7 @@ class TeacherConfig:
     name: str
     layers: list[int] | None = None
     window_seconds: int | None = None
+    grid_seconds: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     dropout: bool = False
     license: str | None = None
@@ -147,6 +150,7 @@ def build_student(
         feature_grad_mult=config.student.feature_grad_mult,
         mask_spans=is_colld,
         normalize_input=normalize_input,
+        grid_seconds=config.teacher.grid_seconds,
     )
     return student, layers
 
@@ -189,6 +193,7 @@ def describe_run(
         "title": f"compact encoder {Path(config.trainer.output_dir).name}",
         "teacher": identity,
         "teacher_layers": layers,
+        "grid_seconds": config.teacher.grid_seconds,
         "encoder_layers": len(encoder_layers(encoder)),
         "is_whisper": student.inputs.kind == "whisper",
         "parameters": encoder.num_parameters(),
@@ -241,18 +246,17 @@ def build_trainer(config: DistilHubertConfig) -> tuple[DistillationTrainer, dict
     identity = teacher_identity(name, teacher)
     student, layers = build_student(config, teacher, normalize_input)
     frames = SharedFrames(student.inputs, EncoderInputs(teacher, normalize_input=normalize_input))
-    window_seconds = student.inputs.window_seconds
     loss, spans = config.loss, None
     if loss.method == "colld":
         spans = SpanDraws(frames, loss.span_start_probability, loss.span_frames)
     shortest = max(inputs.receptive_field_samples for inputs in (frames.student, frames.teacher))
-    clips = training_clips(config.data, config.trainer, shortest_samples=shortest, window_seconds=window_seconds)
+    clips = training_clips(config.data, config.trainer, shortest_samples=shortest, window=student.inputs.window)
     trainer = DistillationTrainer(
         student,
         teacher,
         args=config.trainer,
         train_dataset=clips.train_set,
-        collate=partial(collate_clips, window_seconds=window_seconds, spans=spans),
+        collate=partial(collate_clips, window=student.inputs.window, spans=spans),
         sampler=clips.sampler,
         loss_terms=partial(
             loss_terms, frames=frames, layers=layers, weights=loss, teacher_dropout=config.teacher.dropout

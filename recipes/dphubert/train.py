@@ -46,12 +46,15 @@ class TeacherConfig:
         name: HuBERT, wav2vec 2.0, WavLM, data2vec-audio or Whisper, whose encoder is taken: Hub id, folder or
             `bundled:<name>`.
         window_seconds: of a Whisper, the longest clip that it is to hear instead of 30 s; null for 30 s and others.
+        grid_seconds: of a Whisper; it and the student compute a batch on its longest clip, rounded up to a multiple of
+            this; null for the whole window and others.
         dtype: in which it computes, whatever the student does.
         license: licence of its weights, for the student's model card.
     """
 
     name: str
     window_seconds: int | None = None
+    grid_seconds: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     license: str | None = None
 
@@ -155,6 +158,7 @@ def describe_run(
         "teacher": identity,
         "teacher_parameters": teacher.num_parameters(),
         "layers": config.loss.layers,
+        "grid_seconds": config.teacher.grid_seconds,
         "gates": config.pruning.gates,
         "target_sparsity": config.pruning.sparsity,
         **training_facts(
@@ -183,12 +187,13 @@ def build_trainer(config: DPHubertConfig) -> tuple[DistillationTrainer, dict[str
     identity = teacher_identity(name, teacher)
     if config.step == "distil":
         student = load_step_one(Path(config.step_one_dir), identity, loss.layers)
-    inputs = EncoderInputs(teacher, normalize_input=normalize_input).to(config.trainer.device)
+    inputs = EncoderInputs(teacher, normalize_input=normalize_input, grid_seconds=config.teacher.grid_seconds)
+    inputs.to(config.trainer.device)
     clips = training_clips(
         config.data,
         config.trainer,
         shortest_samples=inputs.receptive_field_samples,
-        window_seconds=inputs.window_seconds,
+        window=inputs.window,
     )
     groups = partial(
         parameter_groups, learning_rate=config.trainer.learning_rate, gate_learning_rate=pruning.learning_rate
@@ -198,7 +203,7 @@ def build_trainer(config: DPHubertConfig) -> tuple[DistillationTrainer, dict[str
         teacher,
         args=config.trainer,
         train_dataset=clips.train_set,
-        collate=partial(collate_clips, window_seconds=inputs.window_seconds),
+        collate=partial(collate_clips, window=inputs.window),
         sampler=clips.sampler,
         loss_terms=partial(
             loss_terms,

@@ -29,7 +29,7 @@ from speechkd.labels.embeddings import (
 )
 from speechkd.labels.filters import FilterConfig, apply_filters
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, check_teacher
-from speechkd.models.segue import WHISPER_FRAME_SAMPLES, SegueEncoder
+from speechkd.models.segue import SegueEncoder
 from speechkd.teachers_text import SentenceTeacher
 
 logger = logging.getLogger(__name__)
@@ -368,8 +368,7 @@ def heard_seconds(student: SegueEncoder, durations_seconds: np.ndarray) -> np.nd
     """Seconds that the student computes for clips: a Whisper's window, the clip's own length for others; (clips,)."""
     if not student.is_whisper:
         return durations_seconds
-    num_samples = torch.from_numpy(np.round(durations_seconds * SAMPLE_RATE_HZ).astype(np.int64))
-    return student.num_states(num_samples).numpy() * WHISPER_FRAME_SAMPLES / SAMPLE_RATE_HZ
+    return student.window.heard_seconds(durations_seconds)
 
 
 def lengthened(waveform: Tensor, min_samples: int) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from speechkd.data.audio import load_utterance
 from speechkd.data.audit import usable_clips
 from speechkd.data.augment import utterance_random, utterance_seed
-from speechkd.data.features import SAMPLE_RATE_HZ
+from speechkd.data.features import SAMPLE_RATE_HZ, WhisperWindow
 from speechkd.data.hub import read_utterances
 from speechkd.data.loader import pad_waveforms
 from speechkd.data.manifest import Manifest
@@ -139,13 +139,14 @@ class SpanDraws:
 
 
 def collate_clips(
-    items: Sequence[dict[str, Any]], *, window_seconds: float | None = None, spans: SpanDraws | None = None
+    items: Sequence[dict[str, Any]], *, window: WhisperWindow | None = None, spans: SpanDraws | None = None
 ) -> dict[str, Any]:
     """A batch of clips.
 
     Args:
         items: of a `ClipSet`.
-        window_seconds: what a Whisper computes of every clip; None for encoders that hear clips as they are.
+        window: what a Whisper computes of the longest clip, and so of each; None for encoders that hear clips as they
+            are.
         spans: what is hidden from the student; None hides nothing.
 
     Returns:
@@ -153,12 +154,14 @@ def collate_clips(
         (batch, frames), bool, and for the log `audio_seconds` and `padded_seconds`.
     """
     waveforms, num_samples = pad_waveforms([item["waveform"] for item in items], grid_samples=1)
+    longest_seconds = np.array([waveforms.shape[1] / SAMPLE_RATE_HZ])
+    heard_seconds = longest_seconds if window is None else window.heard_seconds(longest_seconds)
     batch = {
         "ids": [item["id"] for item in items],
         "waveforms": waveforms,
         "num_samples": num_samples.tolist(),
         "audio_seconds": sum(item["duration_seconds"] for item in items),
-        "padded_seconds": len(items) * (window_seconds or waveforms.shape[1] / SAMPLE_RATE_HZ),
+        "padded_seconds": len(items) * heard_seconds.item(),
     }
     return batch if spans is None else {**batch, "masked": spans(items)}
 
@@ -211,14 +214,20 @@ def build_clips(
 
 
 def clip_sampler(
-    clips: ClipSet, data: DataConfig, window_seconds: float | None, *, seed: int = 0, rank: int = 0, world_size: int = 1
+    clips: ClipSet,
+    data: DataConfig,
+    window: WhisperWindow | None,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DurationBatchSampler:
     """Batches of clips of similar length.
 
     Args:
         clips: the clips.
         data: limits of a batch.
-        window_seconds: what a Whisper computes of every clip; None for encoders that hear clips as they are.
+        window: what a Whisper computes of clips; None for encoders that hear clips as they are.
         seed: of the shuffling.
         rank: index of this process.
         world_size: number of processes.
@@ -227,16 +236,13 @@ def clip_sampler(
         ValueError: clips are longer than the window.
     """
     durations = clips.durations_seconds
-    heard = durations
-    if window_seconds is not None:
-        if durations.max() > window_seconds:
-            raise ValueError(
-                f"the longest clip has {durations.max():.1f} s and the encoder hears {window_seconds:g} s; lower "
-                "data.crop_seconds to that, or raise teacher.window_seconds"
-            )
-        heard = np.full(len(durations), window_seconds)
+    if window is not None and durations.max() > window.seconds:
+        raise ValueError(
+            f"the longest clip has {durations.max():.1f} s and the encoder hears {window.seconds:g} s; lower "
+            "data.crop_seconds to that, or raise teacher.window_seconds"
+        )
     return DurationBatchSampler(
-        heard,
+        durations if window is None else window.heard_seconds(durations),
         data.max_batch_seconds,
         seed=seed,
         rank=rank,
@@ -265,7 +271,7 @@ class TrainingClips(NamedTuple):
 
 
 def training_clips(
-    data: DataConfig, arguments: TrainingArguments, *, shortest_samples: int, window_seconds: float | None
+    data: DataConfig, arguments: TrainingArguments, *, shortest_samples: int, window: WhisperWindow | None
 ) -> TrainingClips:
     """Clips and batches of a run, prepared by the main process first.
 
@@ -273,7 +279,7 @@ def training_clips(
         data: manifests and limits.
         arguments: of the trainer.
         shortest_samples: see `build_clips`.
-        window_seconds: see `clip_sampler`.
+        window: see `clip_sampler`.
 
     Raises:
         ValueError: no clip is left, or clips are longer than the window.
@@ -289,10 +295,10 @@ def training_clips(
     sampler = clip_sampler(
         train_set,
         data,
-        window_seconds,
+        window,
         seed=arguments.seed,
         rank=arguments.process_index,
         world_size=arguments.world_size,
     )
-    dev_sampler = None if dev_set is None else clip_sampler(dev_set, data, window_seconds)
+    dev_sampler = None if dev_set is None else clip_sampler(dev_set, data, window)
     return TrainingClips(train_set, sampler, dev_set, dev_sampler, left_out)

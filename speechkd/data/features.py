@@ -3,9 +3,12 @@
 Whisper's log-mel, Kaldi's filter banks, and the normalised waveforms of wav2vec 2.0, HuBERT and WavLM.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
@@ -24,6 +27,43 @@ KALDI_FRAME_SAMPLES = 400
 KALDI_FFT_SAMPLES = 512
 KALDI_PREEMPHASIS = 0.97
 KALDI_LOWEST_HZ = 20.0
+
+
+@dataclass(frozen=True)
+class WhisperWindow:
+    """How much a Whisper's encoder computes of a clip: its whole window, or the clip rounded up to a grid.
+
+    Args:
+        seconds: the whole window.
+        grid_seconds: a clip is rounded up to a multiple of this; None computes the whole window of every clip.
+
+    Raises:
+        ValueError: the grid is longer than the window, or not of whole positions.
+    """
+
+    seconds: float = WINDOW_SAMPLES / SAMPLE_RATE_HZ
+    grid_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        grid = self.grid_seconds
+        if grid is None:
+            return
+        positions = grid * SAMPLE_RATE_HZ / SAMPLES_PER_POSITION
+        if not 0 < grid <= self.seconds or not math.isclose(positions, round(positions)):
+            raise ValueError(
+                f"grid_seconds must be a multiple of 0.02 up to {self.seconds:g}, got {grid}; 1.0 is a good choice"
+            )
+
+    def num_positions(self, num_samples: Tensor) -> Tensor:
+        """Positions of clips with these lengths at 16 kHz, with the silence behind them; same shape, int64."""
+        window = round(self.seconds * SAMPLE_RATE_HZ)
+        grid = window if self.grid_seconds is None else round(self.grid_seconds * SAMPLE_RATE_HZ)
+        return ((num_samples + grid - 1) // grid * grid).clamp(max=window) // SAMPLES_PER_POSITION
+
+    def heard_seconds(self, durations_seconds: np.ndarray) -> np.ndarray:
+        """The same of durations, in seconds; (clips,)."""
+        num_samples = torch.from_numpy(np.round(durations_seconds * SAMPLE_RATE_HZ).astype(np.int64))
+        return self.num_positions(num_samples).numpy() * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
 
 
 class WhisperLogMel(nn.Module):

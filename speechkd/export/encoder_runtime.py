@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -15,6 +14,7 @@ from speechkd.export.onnx import _require, _session
 from speechkd.export.program_file import load_program
 from speechkd.export.transcribers import EXPORT_FILE, read_export
 from speechkd.models.speech_encoders import load_encoder
+from speechkd.models.whisper_states import whisper_output
 from speechkd.teachers import resolve_model
 
 ONNX_FILE, ONNX_DATA_FILE, PROGRAM_FILE = "model.onnx", "model.onnx_data", "model.pt2"
@@ -136,8 +136,7 @@ class WaveformStates(nn.Module):
 class LogMelStates(nn.Module):
     """Last states of Whisper's encoder for clips of any length up to its window, where the stock class takes only that.
 
-    Equal to the stock class at the full window; a shorter input has the first positions. Silence up to 30 s is what
-    Whisper was trained on, so states of a cut clip differ a little from those of the padded one.
+    See `speechkd.models.whisper_states`.
     """
 
     def __init__(self, encoder: PreTrainedModel) -> None:
@@ -146,11 +145,8 @@ class LogMelStates(nn.Module):
 
     def forward(self, input_features: Tensor) -> Tensor:
         """(batch, mel bins, frames) to (batch, half the frames, dim)."""
-        states = F.gelu(self.encoder.conv2(F.gelu(self.encoder.conv1(input_features)))).transpose(1, 2)
-        states = states + self.encoder.embed_positions.weight[: states.shape[1]]
-        for layer in self.encoder.layers:
-            states = layer(states, None)
-        return self.encoder.layer_norm(states)
+        output: Any = whisper_output(self.encoder, input_features)
+        return output.last_hidden_state
 
 
 def states_module(encoder: PreTrainedModel) -> nn.Module:

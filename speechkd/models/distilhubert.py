@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from speechkd.losses.layers import stack_layers
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads
-from speechkd.models.encoder_inputs import EncoderInputs, encoder_layers
+from speechkd.models.encoder_inputs import EncoderInputs, encoder_layers, encoder_output
 from speechkd.models.speech_encoders import save_encoder
 from speechkd.models.thinner_encoder import fitted_weights, set_widths
 
@@ -135,7 +135,7 @@ def teacher_targets(
     teacher.eval()
     try:
         encoder_layers(teacher).train(dropout)
-        states = teacher(**_as_dtype(inputs, teacher.dtype), output_hidden_states=True).hidden_states
+        states = encoder_output(teacher, _as_dtype(inputs, teacher.dtype)).hidden_states
     finally:
         teacher.eval()
     return stack_layers(states, layers)
@@ -151,6 +151,7 @@ class CompactStudent(PreTrainedModel):
             freezes them. For Whisper these are its two convolutions; w2v-BERT has none, and takes 1.
         mask_spans: whether there is a learned vector in place of masked frames, as CoLLD needs it.
         normalize_input: see `EncoderInputs`.
+        grid_seconds: see there.
 
     Raises:
         ValueError: an argument does not fit the encoder.
@@ -168,12 +169,13 @@ class CompactStudent(PreTrainedModel):
         feature_grad_mult: float = 1.0,
         mask_spans: bool = False,
         normalize_input: bool,
+        grid_seconds: float | None = None,
     ) -> None:
         config = encoder.config
         super().__init__(config)
         self.encoder: Any = encoder
         self.heads = heads
-        self.inputs = EncoderInputs(encoder, normalize_input=normalize_input)
+        self.inputs = EncoderInputs(encoder, normalize_input=normalize_input, grid_seconds=grid_seconds)
         self.mask_vector = nn.Parameter(torch.rand(config.hidden_size)) if mask_spans else None
         self.feature_grad_mult = feature_grad_mult
         if not 0 <= feature_grad_mult <= 1:
@@ -210,7 +212,7 @@ class CompactStudent(PreTrainedModel):
                     raise ValueError("masked frames need a vector in their place, but mask_spans=False; set it to True")
                 hide = partial(_hide, masked=masked, vector=vector, is_convolution=projection is front)
                 hooks.callback(projection.register_forward_hook(lambda *call: hide(call[-1])).remove)
-            output = self.encoder(**_as_dtype(inputs, self.dtype), output_hidden_states=True)
+            output = encoder_output(self.encoder, _as_dtype(inputs, self.dtype))
         # the last is taken after the norm that some encoders end with, so that it learns too
         return self.heads((*output.hidden_states[:-1], output.last_hidden_state))
 

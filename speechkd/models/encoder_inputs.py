@@ -13,10 +13,12 @@ from speechkd.data.features import (
     SAMPLES_PER_POSITION,
     KaldiFbank,
     WhisperLogMel,
+    WhisperWindow,
     kaldi_num_frames,
     normalize_waveforms,
     padding_mask,
 )
+from speechkd.models.whisper_states import whisper_output
 
 WAVEFORM_ENCODERS = ("wav2vec2", "hubert", "wavlm", "data2vec-audio")
 KALDI_SCALE = 32768.0  # w2v-BERT hears samples as 16-bit integers
@@ -52,21 +54,28 @@ class EncoderInputs(nn.Module):
         encoder: any encoder; of a Whisper whose window was shortened, clips are padded to that window.
         normalize_input: scale each waveform to mean 0 and variance 1, as `do_normalize` of the encoder's feature
             extractor says: not for HuBERT Base. Whisper and w2v-BERT have their own features, whatever it is.
+        grid_seconds: a batch of a Whisper is as long as its longest clip, rounded up to a multiple of this, which
+            `encoder_output` takes; None is its window, for the stock forward pass.
 
     Raises:
-        ValueError: see `encoder_layers`.
+        ValueError: see `encoder_layers`, or the grid does not fit.
     """
 
-    def __init__(self, encoder: PreTrainedModel, *, normalize_input: bool) -> None:
+    def __init__(self, encoder: PreTrainedModel, *, normalize_input: bool, grid_seconds: float | None = None) -> None:
         super().__init__()
         encoder_layers(encoder)
         config: Any = encoder.config
         self.config, self.kind = config, config.model_type
         self.normalize_input = normalize_input
         self.features: Any = None
+        self.window: WhisperWindow | None = None  # of encoders that hear clips as they are
         if self.kind == "whisper":
             self.features = WhisperLogMel.for_model(self.config)
-        elif self.kind == "wav2vec2-bert":
+            window_seconds = config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
+            self.window = WhisperWindow(window_seconds, grid_seconds)
+        elif grid_seconds is not None:
+            raise ValueError(f"grid_seconds={grid_seconds} is for Whisper; a {self.kind} hears each clip as it is")
+        if self.kind == "wav2vec2-bert":
             self.features = KaldiFbank()
             self.stride = self.config.feature_projection_input_dim // self.features.filters.shape[-1]
 
@@ -84,9 +93,10 @@ class EncoderInputs(nn.Module):
             ValueError: lengths do not fit, a clip is too short for one frame, or too long for Whisper's window.
         """
         self.num_frames(num_samples)  # refuses short clips
-        if self.kind == "whisper":
+        if self.window is not None:
             real = padding_mask(num_samples, waveforms)
-            return {"input_features": self.features(waveforms.float().masked_fill(~real, 0.0))}
+            features = self.features(waveforms.float().masked_fill(~real, 0.0))
+            return {"input_features": features[..., : 2 * int(self.window.num_positions(num_samples).max())]}
         if self.kind == "wav2vec2-bert":
             return self._stacked_banks(waveforms, num_samples)
         if self.normalize_input:
@@ -129,13 +139,6 @@ class EncoderInputs(nn.Module):
             return KALDI_FRAME_SAMPLES + (self.stride - 1) * HOP_LENGTH_SAMPLES
         return convolutions_field_samples(self.config)
 
-    @property
-    def window_seconds(self) -> float | None:
-        """What a Whisper computes of every clip; None for encoders that hear clips as they are."""
-        if self.kind != "whisper":
-            return None
-        return self.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
-
     def _stacked_banks(self, waveforms: Tensor, num_samples: Tensor) -> dict[str, Tensor]:
         """As SeamlessM4TFeatureExtractor: each filter scaled over its clip, and neighbouring frames side by side."""
         banks, counts = self.features(waveforms * KALDI_SCALE, num_samples)
@@ -148,6 +151,18 @@ class EncoderInputs(nn.Module):
         stacked = banks[:, : width * self.stride].unflatten(1, (width, self.stride)).flatten(2)
         mask = padding_mask(self.num_frames(num_samples), stacked[..., 0])
         return {"input_features": stacked * mask[..., None], "attention_mask": mask}
+
+
+def encoder_output(encoder: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
+    """Output of an encoder with `hidden_states`; a Whisper may hear less than its window.
+
+    Args:
+        encoder: any encoder, not a model around it.
+        inputs: of `EncoderInputs`, in the encoder's dtype.
+    """
+    if encoder.config.model_type == "whisper":
+        return whisper_output(encoder, **inputs)
+    return encoder(**inputs, output_hidden_states=True)
 
 
 def align_frames(

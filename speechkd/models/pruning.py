@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from speechkd.losses.hidden import hidden_projection
 from speechkd.models.encoder_extraction import EncoderMasks, prune_encoder
+from speechkd.models.encoder_inputs import encoder_output
 from speechkd.models.hard_concrete import HardConcreteGates
 from speechkd.models.pruned_encoder import PrunedEncoderModel, SomeHeadsWavLMAttention, encoder_parts, mark_initialized
 
@@ -304,7 +305,7 @@ def layer_states(model: PreTrainedModel, layers: Sequence[int], **inputs: Any) -
 
     hook = (encoder.conv2 if is_whisper else encoder.feature_projection).register_forward_hook(keep)
     try:
-        output = encoder(**inputs, output_hidden_states=True)
+        output = encoder_output(encoder, inputs)
     finally:
         hook.remove()
     states = (first[0], *output.hidden_states[1:-1], output.last_hidden_state)

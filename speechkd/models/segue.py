@@ -4,23 +4,21 @@ Tan et al. 2023, https://arxiv.org/abs/2305.12301. Any wav2vec 2.0, HuBERT, WavL
 learns the embeddings of a frozen `speechkd.teachers_text.SentenceTeacher`, live or from the label store.
 """
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from speechkd.data.features import (
-    HOP_LENGTH_SAMPLES,
     SAMPLE_RATE_HZ,
-    WINDOW_SAMPLES,
+    SAMPLES_PER_POSITION,
     WhisperLogMel,
+    WhisperWindow,
     normalize_waveforms,
     padding_mask,
 )
@@ -29,11 +27,11 @@ from speechkd.losses.embedding import info_nce
 from speechkd.losses.hidden import hidden_cosine, hidden_mse
 from speechkd.models.encoder_inputs import WAVEFORM_ENCODERS, convolutions_field_samples
 from speechkd.models.speech_encoders import save_encoder
+from speechkd.models.whisper_states import embed_features, run_layers
 from speechkd.teachers import teacher_identity
 from speechkd.teachers_text import masked_mean
 
 Objective = Literal["mse", "cosine", "info_nce"]
-WHISPER_FRAME_SAMPLES = 2 * HOP_LENGTH_SAMPLES  # the second convolution halves the rate
 POOLING_FILE, PROJECTION_FILE = "pooling.json", "projection.safetensors"
 HOW = (
     "embedding = mean over the valid frames of the last hidden state, then projection.safetensors (weight x + bias) "
@@ -84,6 +82,7 @@ class SegueEncoder(PreTrainedModel):
         self.embedding_dim = config.hidden_size if embedding_dim is None else embedding_dim
         has_own_width = self.embedding_dim == config.hidden_size
         self.projection = None if has_own_width else nn.Linear(config.hidden_size, self.embedding_dim)
+        self.window = WhisperWindow(grid_seconds=grid_seconds)
         self.log_mel: Any = WhisperLogMel(config.num_mel_bins) if self.is_whisper else None
         self.normalize_input, self.grid_seconds = normalize_input and not self.is_whisper, grid_seconds
         self.num_frozen_layers, self._is_frozen = num_frozen_layers, False
@@ -113,16 +112,12 @@ class SegueEncoder(PreTrainedModel):
     def num_frames(self, num_samples: Tensor) -> Tensor:
         """Valid frames, over which the mean goes, of clips with these lengths at 16 kHz; same shape, int64."""
         if self.is_whisper:
-            return (num_samples + WHISPER_FRAME_SAMPLES - 1) // WHISPER_FRAME_SAMPLES
+            return (num_samples + SAMPLES_PER_POSITION - 1) // SAMPLES_PER_POSITION
         return self.encoder._get_feat_extract_output_lengths(num_samples).clamp(min=0)
 
     def num_states(self, num_samples: Tensor) -> Tensor:
         """Frames that the layers see: the valid ones, and for Whisper those up to the grid or to 30 s."""
-        if not self.is_whisper:
-            return self.num_frames(num_samples)
-        grid = WINDOW_SAMPLES if self.grid_seconds is None else round(self.grid_seconds * SAMPLE_RATE_HZ)
-        window = ((num_samples + grid - 1) // grid * grid).clamp(max=WINDOW_SAMPLES)
-        return window // WHISPER_FRAME_SAMPLES
+        return self.window.num_positions(num_samples) if self.is_whisper else self.num_frames(num_samples)
 
     def forward(
         self, waveforms: Tensor | None = None, num_samples: Tensor | None = None, states: Tensor | None = None
@@ -306,11 +301,7 @@ class SegueEncoder(PreTrainedModel):
         width = int(num_states.max())
         features = self.log_mel(waveforms.masked_fill(~real, 0.0))[..., : 2 * width].to(self.dtype)
         outside = ~padding_mask(num_states, features[:, 0, ::2])
-        edge = outside.repeat_interleave(2, dim=1)[:, None]
-        states = F.gelu(self.stack.conv1(features.masked_fill(edge, 0.0)))
-        states = F.gelu(self.stack.conv2(states.masked_fill(edge, 0.0))).transpose(1, 2)
-        states = states + self.stack.embed_positions.weight[:width]
-        states = F.dropout(states, p=self.stack.dropout, training=self.stack.training)
+        states = embed_features(self.stack, features, outside)
         return states, self._attention_mask(states, ~outside)
 
     def _attention_mask(self, states: Tensor, inside: Tensor) -> Tensor | None:
@@ -343,10 +334,8 @@ class SegueEncoder(PreTrainedModel):
             bias = self.stack.layers[0].attention.compute_bias(states.shape[1], states.shape[1])
             extra["position_bias"] = bias.repeat(len(states), 1, 1)
         layerdrop = self.config.encoder_layerdrop if self.is_whisper else self.config.layerdrop
-        for layer in self.stack.layers[first:end]:
-            if layer.training and layerdrop > 0 and torch.rand(()) < layerdrop:
-                continue
-            states = _states_of(layer(states, attention_mask=mask, **extra))
+        for after in run_layers(self.stack.layers[first:end], states, mask=mask, layerdrop=layerdrop, **extra):
+            states = after
         return states
 
 
@@ -384,13 +373,8 @@ def _check_kind(config: Any, grid_seconds: float | None) -> None:
         )
     if getattr(config, "add_adapter", False):
         raise ValueError("the encoder has an adapter that shortens its output (add_adapter); take one without")
-    if grid_seconds is None:
-        return
-    if config.model_type != "whisper":
+    if grid_seconds is not None and config.model_type != "whisper":
         raise ValueError(f"grid_seconds={grid_seconds} is for Whisper; a {config.model_type} hears each clip as it is")
-    num_frames = grid_seconds * SAMPLE_RATE_HZ / WHISPER_FRAME_SAMPLES
-    if not 0 < grid_seconds <= WINDOW_SAMPLES / SAMPLE_RATE_HZ or not math.isclose(num_frames, round(num_frames)):
-        raise ValueError(f"grid_seconds must be a multiple of 0.02 up to 30, got {grid_seconds}; 1.0 is a good choice")
 
 
 def _states_of(output: Any) -> Tensor:
