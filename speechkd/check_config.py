@@ -249,11 +249,11 @@ def _sources(config: Any) -> list[_Source]:
     ]
     for number, corpus in enumerate(getattr(data, "extra_corpora", None) or []):
         key, spoken = f"data.extra_corpora[{number}]", corpus.language or language
-        manifest_key, labels_key = f"{key}.train_manifest", f"{key}.labels_dir"
-        name = f"train, {key}"
-        sources.append(
-            _Source(name, manifest_key, corpus.train_manifest, labels_key, corpus.labels_dir, "train", spoken)
-        )
+        name, labels = f"train, {key}", (f"{key}.labels_dir", corpus.labels_dir)
+        sources.append(_Source(name, f"{key}.train_manifest", corpus.train_manifest, *labels, "train", spoken))
+    for number, manifest in enumerate(getattr(data, "extra_manifests", ())):
+        key = f"data.extra_manifests[{number}]"
+        sources.append(_Source(f"train, {key}", key, manifest, "", None, "train", None))
     return sources
 
 
@@ -302,7 +302,8 @@ def _check_labels(
         if source.split == "test" and not (reads_test and source.labels_dir is not None):
             continue
         if source.labels_dir is None:
-            if manifest is not None and getattr(model, "model_type", None) == "whisper" and limit is not None:
+            reads_texts = getattr(model, "model_type", None) == "whisper" and hasattr(config, "decoding")
+            if manifest is not None and reads_texts and limit is not None:
                 facts[source.name] = _check_texts(config, source, manifest, limit, found)
             continue
         folder, command = source.store, _label_command(config, source)

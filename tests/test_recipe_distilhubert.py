@@ -221,19 +221,62 @@ def test_a_grid_is_of_whole_positions_within_the_window_of_a_whisper(hubert, whi
 def test_clips_below_one_frame_are_left_out_and_counted(tmp_path, caplog):
     path = write_clips(tmp_path, [399, 400, 8000])
     data = DataConfig(train_manifest=str(path))
-    clips, left_out = build_clips(str(path), data, tmp_path / "run", shortest_samples=400, seed=0)
+    clips, left_out = build_clips(read_manifest(path), data, tmp_path / "run", shortest_samples=400, seed=0)
     assert clips.manifest.ids == ["clips-1", "clips-2"] and left_out == {"num_undecodable": 0, "num_short": 1}
     assert "1 of 3 clips" in caplog.text and "are shorter than 400 samples" in caplog.text
     with pytest.raises(ValueError, match="of 2, 2 are shorter than 400 samples and 0 cannot be decoded; give longer"):
         short = write_clips(tmp_path, [399, 100], "short")
-        build_clips(str(short), data, tmp_path / "other", shortest_samples=400, seed=0)
+        build_clips(read_manifest(short), data, tmp_path / "other", shortest_samples=400, seed=0)
+
+
+def test_several_manifests_are_one_training_set(whisper, manifest, tmp_path, caplog):
+    more = [write_clips(tmp_path, [8000, 4000], "more"), write_clips(tmp_path, [6400, 3200, 399], "last")]
+    (tmp_path / "audio/last-1.wav").write_bytes(b"no audio")
+    extra = f"--data.extra_manifests=[{','.join(map(str, more))}]"
+    options = [extra, "--data.max_skipped_fraction=0.5", "--teacher.grid_seconds=0.1", "--data.crop_seconds=0.7"]
+    trainer, run = built(arguments(BARISTA, whisper, manifest, *options))
+    clips = trainer.train_dataset
+    assert run["train_manifest"] == ", ".join(map(str, [manifest, *more])) and run["train_utterances"] == 10
+    assert run["left_out"] == {"num_undecodable": 1, "num_short": 0}
+    seconds = [0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.5, 0.25, 0.4, 399 / 16_000]
+    assert clips.durations_seconds.tolist() == pytest.approx(seconds)
+    assert run["train_hours"] == pytest.approx(sum(seconds) / 3600)
+    items = [clips[index] for index in range(10)]
+    assert [item["id"] for item in items] == [f"clips-{i}" for i in range(6)] + ["more-0", "more-1", "last-0", "last-2"]
+    assert "last-1" in (tmp_path / "run/corpus-2/skipped.jsonl").read_text()
+    clips.set_epoch(1)
+    assert not clips[5]["waveform"].equal(items[5]["waveform"]) and clips[6]["spans_seed"] != items[6]["spans_seed"]
+    assert sorted(sum(trainer.sampler, [])) == list(range(10))
+
+
+@pytest.mark.recipe
+def test_a_run_on_two_manifests_resumes_with_the_same_student(whisper, manifest, tmp_path):
+    more = write_clips(tmp_path, [3000, 5000, 9000], "more")
+    argv = arguments(BARISTA, whisper, manifest, f"--data.extra_manifests=[{more}]", "--teacher.grid_seconds=0.2")
+    argv += ["--data.max_batch_size=2", "--data.crop_seconds=0.5", "--trainer.max_steps=4", "--trainer.save_steps=3"]
+    train.main(argv)
+    run = tmp_path / "run"
+    first = student_of(run)
+    forget_the_end(run, 4)
+    train.main(argv)
+    assert all(student_of(run)[name].equal(weight) for name, weight in first.items())
+    assert f"{manifest}, {more}" in (run / "student/README.md").read_text()
+
+
+def test_an_id_in_two_manifests_is_refused_before_audio_is_decoded(whisper, manifest, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(manifest.read_text().splitlines()[3] + "\n")
+    message = f"utterance id 'clips-3' is both in {manifest} and in {other}; of data.train_manifest and"
+    with pytest.raises(ValueError, match=message):
+        built(arguments(BARISTA, whisper, manifest, f"--data.extra_manifests=[{other}]"))
+    assert not (tmp_path / "run/audio_check.json").exists()
 
 
 def test_a_clip_that_is_a_sample_shorter_than_its_manifest_says_gets_silence(tmp_path):
     path = write_clips(tmp_path, [399])
     path.write_text(path.read_text().replace(str(399 / 16_000), "0.025"))
     clips, left_out = build_clips(
-        str(path), DataConfig(train_manifest=str(path)), tmp_path / "run", shortest_samples=400, seed=0
+        read_manifest(path), DataConfig(train_manifest=str(path)), tmp_path / "run", shortest_samples=400, seed=0
     )
     assert len(clips[0]["waveform"]) == 400 and clips[0]["waveform"][-1] == 0 and left_out["num_short"] == 0
 
@@ -532,6 +575,18 @@ def test_doctor_checks_the_recipe_and_estimates_its_costs(hubert, manifest):
     found = check_config(PAPER, argv[2:])
     assert found["problems"] == [] and found["config"]["class"] == "DistilHubertConfig"
     assert found["estimates"]["total_steps"] == 2 and not (manifest.parent / "run").exists()
+
+
+@pytest.mark.recipe
+def test_doctor_reads_every_manifest_of_a_whisper_and_no_texts(whisper, manifest):
+    test_manifest = write_clips(manifest.parent, [8000], "test")
+    more = write_clips(manifest.parent, [8000, 4000], "more")
+    argv = arguments(BARISTA, whisper, manifest, f"--data.test_manifest={test_manifest}", "--data.max_batch_seconds=60")
+    found = check_config(BARISTA, [*argv[2:], "--teacher.grid_seconds=0.2", f"--data.extra_manifests=[{more}]"])
+    assert found["problems"] == [] and found["labels"] == {} and found["estimates"]["total_steps"] == 2
+    assert found["manifests"]["train, data.extra_manifests[0]"]["num_utterances"] == 2
+    overlap = check_config(BARISTA, [*argv[2:], f"--data.extra_manifests=[{test_manifest}]"])["problems"]
+    assert any("both in data.extra_manifests[0] and data.test_manifest" in problem for problem in overlap)
 
 
 def test_run_sh_says_what_would_do(tmp_path):

@@ -164,7 +164,7 @@ def describe_run(
         **training_facts(
             config.trainer,
             license=config.teacher.license,
-            train_manifest=config.data.train_manifest,
+            train_manifest=", ".join(config.data.train_manifests),
             train_utterances=len(clips.train_set),
             train_seconds=float(clips.train_set.durations_seconds.sum()),
             loss=config.loss.describe(),

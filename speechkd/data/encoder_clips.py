@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from speechkd.data.features import SAMPLE_RATE_HZ, WhisperWindow
 from speechkd.data.hub import read_utterances
 from speechkd.data.loader import pad_waveforms
 from speechkd.data.manifest import Manifest
+from speechkd.data.mixture import Mixture
 from speechkd.data.sampler import DurationBatchSampler
 from speechkd.losses.layerwise import span_mask
 
@@ -39,7 +40,8 @@ class DataConfig:
         crop_seconds: longer clips are cropped to this, at a place drawn anew in each epoch.
         max_batch_seconds: padded audio seconds per device and step.
         max_batch_size: clips per device and step at most; null leaves it to the seconds.
-        max_skipped_fraction: share of clips that may be undecodable before a run fails.
+        extra_manifests: more of them to train on, of other ids; each epoch has all clips once.
+        max_skipped_fraction: share of a manifest's clips that may be undecodable before a run fails.
         num_workers: processes that prepare batches; 0 prepares them in the main process.
     """
 
@@ -49,6 +51,7 @@ class DataConfig:
     crop_seconds: float = 15.6
     max_batch_seconds: float = 160.0
     max_batch_size: int | None = None
+    extra_manifests: list[str] = field(default_factory=list)
     max_skipped_fraction: float = 0.01
     num_workers: int = 0
 
@@ -67,6 +70,11 @@ class DataConfig:
             raise ValueError(f"data.max_skipped_fraction must be 0 to 1, got {self.max_skipped_fraction}")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers must be 0 or more, got {self.num_workers}")
+
+    @property
+    def train_manifests(self) -> list[str]:
+        """All that is trained on."""
+        return [self.train_manifest, *self.extra_manifests]
 
 
 class ClipSet(Dataset):
@@ -110,6 +118,15 @@ class ClipSet(Dataset):
             "waveform": waveform,
             "spans_seed": utterance_seed(self.seed, self.epoch, key, "spans"),
         }
+
+
+class JoinedClips(Mixture):
+    """The clips of several manifests, one behind the other; `datasets` are their `ClipSet`s."""
+
+    @property
+    def durations_seconds(self) -> np.ndarray:
+        """Of each item, after cropping, (items,)."""
+        return np.concatenate([clips.durations_seconds for clips in self.datasets])  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -166,13 +183,30 @@ def collate_clips(
     return batch if spans is None else {**batch, "masked": spans(items)}
 
 
+def check_ids(manifests: Sequence[Manifest]) -> None:
+    """Refuse manifests that share an id: crops and spans are drawn by it, and a clip would come twice.
+
+    Raises:
+        ValueError: names the id and both files.
+    """
+    places: dict[str, Path] = {}
+    for manifest in manifests:
+        for key in manifest.ids:
+            if key in places:
+                raise ValueError(
+                    f"utterance id {key!r} is both in {places[key]} and in {manifest.path}; of data.train_manifest and "
+                    "data.extra_manifests each clip may be in one alone, so take one out or rename its ids"
+                )
+            places[key] = manifest.path
+
+
 def build_clips(
-    source: str, data: DataConfig, output_dir: Path, *, shortest_samples: int, seed: int
+    manifest: Manifest, data: DataConfig, output_dir: Path, *, shortest_samples: int, seed: int
 ) -> tuple[ClipSet, dict[str, int]]:
     """Clips of a manifest that can be decoded and give a frame.
 
     Args:
-        source: manifest or `hub:` address.
+        manifest: all of them.
         data: limits.
         output_dir: folder of `skipped.jsonl`, which names those that cannot be decoded.
         shortest_samples: at 16 kHz; shorter clips have no frame and are left out.
@@ -185,7 +219,6 @@ def build_clips(
         ValueError: no clip is left.
         AudioError: more than `max_skipped_fraction` cannot be decoded.
     """
-    manifest = read_utterances(source)
     usable = usable_clips(
         manifest,
         output_dir,
@@ -206,7 +239,7 @@ def build_clips(
         )
     if not kept:
         raise ValueError(
-            f"no clip of {source} can be trained on: of {len(manifest)}, {num_short} are shorter than "
+            f"no clip of {manifest.path} can be trained on: of {len(manifest)}, {num_short} are shorter than "
             f"{shortest_samples} samples and {len(manifest) - len(usable)} cannot be decoded; give longer clips"
         )
     clips = ClipSet(manifest.select(kept), data.crop_seconds, shortest_samples=shortest_samples, seed=seed)
@@ -214,7 +247,7 @@ def build_clips(
 
 
 def clip_sampler(
-    clips: ClipSet,
+    clips: ClipSet | JoinedClips,
     data: DataConfig,
     window: WhisperWindow | None,
     *,
@@ -260,10 +293,10 @@ class TrainingClips(NamedTuple):
         sampler: their batches, on this process.
         dev_set: clips to evaluate on; None for none.
         dev_sampler: their batches.
-        left_out: of the training clips, see `build_clips`.
+        left_out: of the training clips of all manifests, see `build_clips`.
     """
 
-    train_set: ClipSet
+    train_set: ClipSet | JoinedClips
     sampler: DurationBatchSampler
     dev_set: ClipSet | None
     dev_sampler: DurationBatchSampler | None
@@ -282,16 +315,21 @@ def training_clips(
         window: see `clip_sampler`.
 
     Raises:
-        ValueError: no clip is left, or clips are longer than the window.
+        ValueError: no clip is left, manifests share an id, or clips are longer than the window.
         AudioError: more than `max_skipped_fraction` cannot be decoded.
     """
     output_dir = Path(str(arguments.output_dir))
     build = partial(build_clips, data=data, shortest_samples=shortest_samples, seed=arguments.seed)
     dev_set = None
     with arguments.main_process_first(desc="preparing the data"):
-        train_set, left_out = build(data.train_manifest, output_dir=output_dir)
+        manifests = [read_utterances(source) for source in data.train_manifests]
+        check_ids(manifests)
+        folders = [output_dir, *(output_dir / f"corpus-{number}" for number in range(1, len(manifests)))]
+        built = [build(manifest, output_dir=folder) for manifest, folder in zip(manifests, folders, strict=True)]
         if data.dev_manifest is not None:
-            dev_set, _ = build(data.dev_manifest, output_dir=output_dir / "dev")
+            dev_set, _ = build(read_utterances(data.dev_manifest), output_dir=output_dir / "dev")
+    train_set = built[0][0] if len(built) == 1 else JoinedClips([clips for clips, _ in built])
+    left_out = {reason: sum(counts[reason] for _, counts in built) for reason in built[0][1]}
     sampler = clip_sampler(
         train_set,
         data,
