@@ -58,8 +58,8 @@ run_stage() {
   python -m speechkd.stages end "$stamp"
 }
 
-# prepare_stage: the first stage of every recipe. The script of data_prep is named like the folder of the manifests, or like
-# the one above it where a corpus has a folder for each language.
+# prepare_stage: the first stage of every recipe. The script of data_prep is named like the folder of the manifests. It is
+# named like the one above it where a corpus has a folder for each language, and where a script prepares several corpora.
 prepare_stage() {
   local manifest manifest_dir data_dir languages=() corpus_option=()
   manifest=$(value data.train_manifest)
@@ -67,6 +67,8 @@ prepare_stage() {
   data_dir=$manifest_dir
   if [[ ! -f $root/data_prep/$(basename "$data_dir").py ]]; then
     languages=(--languages "$(basename "$manifest_dir")") data_dir=$(dirname "$manifest_dir")
+  elif [[ -f $root/data_prep/$(basename "$(dirname "$manifest_dir")").py ]]; then
+    manifest_dir=$(dirname "$manifest_dir") data_dir=$manifest_dir
   fi
   [[ -z $corpus_dir ]] || corpus_option=(--corpus-dir "$corpus_dir")
   prepare() {

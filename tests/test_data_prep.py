@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ from barista import label_key, prepare_barista, split_bucket
 from conftest import ROOT, write_tone
 from fsdd import prepare_fsdd, test_speakers
 from librispeech import prepare_librispeech
+from mini import prepare_mini
 from synthetic_commands import SPEAKERS, all_commands, espeak_paths, prepare_synthetic_commands, synthesize
 
 from speechkd.data.manifest import read_manifest
@@ -118,6 +120,31 @@ def test_fsdd_is_the_same_each_time_and_skips_a_corrupt_recording(tmp_path):
     assert [row["id"] for row in read(tmp_path / "one/skipped.jsonl")] == ["3_ann_0"]
 
 
+def make_barista(corpus: Path, num_clips: int) -> None:
+    labels = {
+        f"clip{index}.wav": {"intent": "orderDrink", "slots": {"coffeeDrink": f"drink {index}"}}
+        for index in range(num_clips)
+    }
+    (corpus / "data/label").mkdir(parents=True)
+    (corpus / "data/label/label.json").write_text(json.dumps(labels))
+    for index in range(num_clips):
+        write_tone(corpus / f"data/speech/clean/clip{index}.wav", 0.2)
+
+
+def test_mini_is_fsdd_and_barista_side_by_side(tmp_path):
+    make_fsdd(tmp_path / "corpora/fsdd", ["ann", "bob"])
+    make_barista(tmp_path / "corpora/barista", 20)
+    counts = prepare_mini(tmp_path / "corpora", tmp_path / "out")
+    assert counts["fsdd"] == prepare_fsdd(tmp_path / "corpora/fsdd", tmp_path / "fsdd")
+    assert counts["barista"] == prepare_barista(tmp_path / "corpora/barista", tmp_path / "barista")
+    for name in ("fsdd/digits_train", "fsdd/train", "fsdd/test", "barista/train", "barista/dev", "barista/test"):
+        alone, together = (read_manifest(folder / f"{name}.jsonl") for folder in (tmp_path, tmp_path / "out"))
+        assert together.ids == alone.ids and len(alone) > 0
+    shutil.rmtree(tmp_path / "corpora/barista")
+    with pytest.raises(ValueError, match="barista does not exist; give --corpus-dir a folder with data/label"):
+        prepare_mini(tmp_path / "corpora", tmp_path / "out")
+
+
 def test_fsdd_speakers_are_split_by_rule():
     assert test_speakers({"george", "jackson", "lucas", "nicolas", "theo"}) == {"george"}
     assert len(test_speakers({"a", "b", "c", "d", "e", "f", "g", "h"})) == 2
@@ -199,7 +226,7 @@ def test_synthetic_train_and_test_share_no_sentence(tmp_path):
         prepare_synthetic_commands(None, tmp_path, num_train=99_999)
 
 
-@pytest.mark.parametrize("corpus", ["fsdd", "barista", "librispeech"])
+@pytest.mark.parametrize("corpus", ["fsdd", "barista", "librispeech", "mini"])
 def test_a_missing_corpus_ends_with_code_2_and_says_what_is_expected(corpus, tmp_path):
     command = [sys.executable, str(ROOT / f"data_prep/{corpus}.py"), "--output-dir", str(tmp_path / "out")]
     done = subprocess.run([*command, "--corpus-dir", str(tmp_path / "no")], capture_output=True, text=True)

@@ -296,7 +296,7 @@ def test_every_yaml_is_a_configuration(path):
 def test_all_promised_datasets_have_a_recipe():
     assert [
         path.stem for path in YAMLS
-    ] == "barista colld_barista colld_librispeech fsdd librispeech quickstart".split()
+    ] == "barista colld_barista colld_librispeech colld_mini fsdd librispeech mini quickstart".split()
 
 
 def test_the_librispeech_recipe_has_the_papers_settings():
@@ -371,6 +371,8 @@ def arguments(path: Path, teacher: str, manifest: Path, *more: str) -> list[str]
         options["teacher.layers"] = "[2,3,4]"
     if "window_seconds" in path.read_text():
         options["teacher.window_seconds"] = 2
+    if "extra_manifests" in path.read_text():
+        options["data.extra_manifests"] = f"[{write_clips(manifest.parent, [4000, 20_000], 'extra')}]"
     if "dev_manifest" in path.read_text():
         options["data.dev_manifest"] = manifest
     return ["--config", str(path), *(f"--{key}={value}" for key, value in options.items()), *more]
@@ -388,7 +390,8 @@ def test_every_recipe_trains_two_steps(path, hubert, whisper, manifest, tmp_path
     train.main(arguments(path, teacher, manifest))
     run = tmp_path / "run"
     facts = facts_of(run)
-    assert facts["steps"] == 2 and facts["train_utterances"] == 6 and facts["encoder_layers"] == 2
+    assert facts["steps"] == 2 and facts["encoder_layers"] == 2
+    assert facts["train_utterances"] == (8 if path.stem.endswith("mini") else 6)
     assert facts["left_out"] == {"num_undecodable": 0, "num_short": 0} and facts["is_whisper"] == (family == "whisper")
     assert facts["teacher_layers"] == ([2, 4] if path.stem.startswith("colld") else [2, 3, 4])
     terms = {"loss/info_nce"} if path.stem.startswith("colld") else {"loss/l1", "loss/cosine"}
@@ -596,6 +599,18 @@ def test_run_sh_says_what_would_do(tmp_path):
     assert done.returncode == 2 and "a stage is 1 to 2, not '3'" in done.stderr
     done = run_sh("distilhubert", tmp_path, "--help")
     assert done.returncode == 0 and "Stages: 1 prepare, 2 train." in done.stdout
+
+
+def test_the_small_runs_differ_in_method_alone_and_compute_little_silence():
+    runs = {}
+    for name in ("mini", "colld_mini"):
+        argv = ["--config", str(RECIPE / f"{name}.yaml"), "--trainer.use_cpu=true"]
+        runs[name], _ = parse_config(train.DistilHubertConfig, argv)
+    mini, colld = runs["mini"], runs["colld_mini"]
+    assert mini.data == colld.data and mini.student == colld.student and mini.teacher.grid_seconds == 0.64
+    settings = ("max_steps", "learning_rate", "warmup_steps", "max_grad_norm", "adam_beta2")
+    assert all(getattr(mini.trainer, key) == getattr(colld.trainer, key) for key in settings)
+    assert mini.data.train_manifests == ["data/mini/fsdd/train.jsonl", "data/mini/barista/train.jsonl"]
 
 
 @pytest.mark.recipe

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from recipe_runs import run_sh
+from test_data_prep import make_barista, make_fsdd
 
 pytestmark = pytest.mark.recipe
 
@@ -23,6 +24,18 @@ def test_wrong_words_end_with_2_and_say_what_would_do(tmp_path):
     assert done.returncode == 2 and "no script of data_prep makes my/own/train.jsonl" in done.stderr
     done = run_sh("distil_whisper", tmp_path, "fsdd", "--trainer.learning_rat", "1")
     assert done.returncode == 2 and "trainer.learning_rat" in done.stderr
+
+
+def test_the_script_of_several_corpora_prepares_all_of_them_once(tmp_path):
+    make_fsdd(tmp_path / "corpora/fsdd", ["ann", "bob"])
+    make_barista(tmp_path / "corpora/barista", 20)
+    words = ["mini", "--corpus-dir", "corpora", "--stop-stage", "1"]
+    done = run_sh("distilhubert", tmp_path, *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "data/mini/fsdd/train.jsonl").is_file() and (tmp_path / "data/mini/barista/test.jsonl").is_file()
+    for recipe, dataset in (("distilhubert", "colld_mini"), ("dphubert", "mini")):
+        again = run_sh(recipe, tmp_path, dataset, *words[1:])
+        assert again.returncode == 0 and "stage 1 (prepare): finished before, skipped" in again.stdout, again.stderr
 
 
 def test_all_stages_run_once_and_a_changed_configuration_is_refused(tmp_path, tiny_teacher):
