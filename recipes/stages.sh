@@ -79,3 +79,18 @@ prepare_stage() {
   }
   run_stage 1 prepare "$manifest_dir/.stage-prepare.json" "data.train_manifest data.test_manifest" "$manifest_dir" prepare
 }
+
+# probe_stage NUMBER "SECTIONS": the last stage of compact encoders, the small SUPERB of the student beside its teacher, filter banks and
+# new weights in its shape. Encoders have names of their own, so that tables take the results of several runs.
+probe_stage() {
+  local name
+  if [[ $(value probe) == none ]]; then
+    (( last < $1 )) || echo "stage $1 (probe): no probe section, nothing to score"
+    return 0
+  fi
+  name=$(basename "$(dirname "$run_dir")")-$(basename "$run_dir")
+  run_stage "$1" probe "$run_dir/.stage-probe.json" "$2" "$run_dir/probes.json" \
+    python "$root/recipes/distilhubert/probe.py" --output "$run_dir/probes.json" \
+    --fsdd-dir "$(value probe.fsdd_dir)" --barista-dir "$(value probe.barista_dir)" --encoders \
+    "teacher=$(value teacher.name)" "$name=$run_dir/student" log-mel=log-mel "fresh-$name=random:$run_dir/student"
+}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from speechkd.data.features import KALDI_FRAME_SAMPLES, SAMPLE_RATE_HZ, SAMPLES_PER_POSITION, KaldiFbank
 from speechkd.data.loader import ClipBatch, clip_batches, skipped_row
@@ -27,10 +27,11 @@ from speechkd.labels.pseudo_label import ShardWriter, pending_positions
 from speechkd.labels.teacher_cache import LabelStore, create_store
 from speechkd.models.distilhubert import compact_encoder
 from speechkd.models.encoder_inputs import EncoderInputs, encoder_layers
+from speechkd.models.pruned_encoder import PrunedEncoderConfig, PrunedEncoderModel
 from speechkd.models.speech_encoders import load_encoder
 from speechkd.models.whisper import shorten_encoder
 from speechkd.preemption import Preempted, sigterm_requests
-from speechkd.teachers import freeze, teacher_identity
+from speechkd.teachers import freeze, resolve_model, teacher_identity
 
 LOG_MEL = "log-mel"  # the name under which filter banks take the place of an encoder
 LOG_MEL_MELS = 80
@@ -135,7 +136,8 @@ def load_frame_encoder(
 
     Args:
         name: as of `load_encoder`, or "log-mel".
-        fresh_seed: take new weights in the same configuration, as `compact_encoder` makes them; None keeps them.
+        fresh_seed: take new weights in the same configuration, as `compact_encoder` makes them or the class of a pruned
+            encoder; None keeps them.
         window_seconds: of a Whisper, to which clips are padded, if its own is not shorter; None keeps its own.
         device: where it runs.
 
@@ -151,7 +153,7 @@ def load_frame_encoder(
         torch.default_generator.manual_seed(fresh_seed or 0)
         encoder, normalize_input = load_encoder(name)
         if fresh_seed is not None:  # before the window is cut: the draws depend on its length
-            encoder = compact_encoder(encoder, len(encoder_layers(encoder)), init="random")
+            encoder = _fresh_weights(name, encoder)
             name = f"{name} with fresh weights, seed {fresh_seed}"
         if window_seconds is not None and encoder.config.model_type == "whisper":
             own_seconds = encoder.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
@@ -332,6 +334,13 @@ def _frame_encoder(
         pads=getattr(config, "feat_extract_norm", "layer") != "group",
         encode=encode,
     )
+
+
+def _fresh_weights(name: str, encoder: PreTrainedModel) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(resolve_model(name))
+    if isinstance(config, PrunedEncoderConfig):  # the encoder's own configuration does not say how narrow it is
+        return PrunedEncoderModel(config).encoder
+    return compact_encoder(encoder, len(encoder_layers(encoder)), init="random")
 
 
 def _log_mel(device: torch.device | str) -> FrameEncoder:

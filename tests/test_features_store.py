@@ -23,7 +23,8 @@ from speechkd.features_store import (
     stored_states,
 )
 from speechkd.labels.teacher_cache import LabelStore
-from speechkd.models.speech_encoders import save_encoder
+from speechkd.models.pruning import GatedEncoder
+from speechkd.models.speech_encoders import feature_extractor, save_encoder
 
 SECONDS = (1.0, 0.5, 0.5, 0.31)
 
@@ -204,3 +205,30 @@ def test_a_batch_is_padded_with_zeros_and_masked():
     assert states[0, :, 1:].abs().max() == 0 and (states[1] == 1).all()
     with pytest.raises(ValueError, match="no states to probe"):
         FrameStates({})
+
+
+def test_new_weights_of_a_pruned_encoder_have_its_widths(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48}
+    gated = GatedEncoder(WhisperEncoder(WhisperConfig(**sizes)), ["heads", "ffn_units"]).eval()
+    with torch.no_grad():
+        gated.gates["ffn_units"][0].logits[:30] = -20.0
+        gated.gates["heads"][1].logits[:1] = -20.0
+    pruned = gated.extract()
+    pruned.save_pretrained(tmp_path)
+    feature_extractor(pruned.encoder.config, normalize_input=False).save_pretrained(tmp_path)
+    loaded, fresh, again, other = (
+        load_frame_encoder(str(tmp_path), fresh_seed=seed, window_seconds=1) for seed in (None, 0, 0, 1)
+    )
+    assert fresh.identity == again.identity
+    assert len({encoder.identity["weights_sha256"] for encoder in (loaded, fresh, other)}) == 3
+    states = [encoder.encode(torch.randn(1, 8000), torch.tensor([8000]))[0] for encoder in (loaded, fresh)]
+    assert states[0].shape == states[1].shape == (1, 3, 50, 32)
+    encoder = features_store._fresh_weights(str(tmp_path), pruned.encoder)
+    theirs = pruned.encoder.state_dict()
+    assert {name: weight.shape for name, weight in encoder.state_dict().items()} == {
+        name: weight.shape for name, weight in theirs.items()
+    }
+    weights = encoder.layers[0].fc1.weight
+    assert len(weights) == pruned.config.ffn_units[0] <= 18 and weights.std().item() == pytest.approx(0.02, rel=0.2)
+    assert encoder.embed_positions.weight.equal(theirs["embed_positions.weight"])  # of sines, not of draws

@@ -594,11 +594,11 @@ def test_doctor_reads_every_manifest_of_a_whisper_and_no_texts(whisper, manifest
 
 def test_run_sh_says_what_would_do(tmp_path):
     done = run_sh("distilhubert", tmp_path, "timit")
-    assert done.returncode == 2 and "there are: barista colld_barista colld_librispeech fsdd" in done.stderr
-    done = run_sh("distilhubert", tmp_path, "fsdd", "--stage", "3")
-    assert done.returncode == 2 and "a stage is 1 to 2, not '3'" in done.stderr
+    assert done.returncode == 2 and "there are: barista colld_barista colld_librispeech colld_mini" in done.stderr
+    done = run_sh("distilhubert", tmp_path, "fsdd", "--stage", "4")
+    assert done.returncode == 2 and "a stage is 1 to 3, not '4'" in done.stderr
     done = run_sh("distilhubert", tmp_path, "--help")
-    assert done.returncode == 0 and "Stages: 1 prepare, 2 train." in done.stdout
+    assert done.returncode == 0 and "Stages: 1 prepare, 2 train, 3 probe." in done.stdout
 
 
 def test_the_small_runs_differ_in_method_alone_and_compute_little_silence():
@@ -627,5 +627,6 @@ def test_the_stages_end_with_a_student_once(hubert, tmp_path):
     assert facts["train_utterances"] == 240 and (tmp_path / "exp/run/student/model.safetensors").is_file()
     again = run_sh("distilhubert", tmp_path, *words)
     assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 2
+    assert "stage 3 (probe): no probe section, nothing to score" in first.stdout
     changed = run_sh("distilhubert", tmp_path, *words, "--loss.cosine=0.5")
     assert changed.returncode == 2 and "loss.cosine was 1.0, now 0.5" in changed.stderr

@@ -175,6 +175,7 @@ def made_up(**means):
         "encoders": {
             name: {
                 "source": "log-mel" if name == "filters" else f"exp/{name}",
+                "weights_sha256": f"{name} {value}",
                 "num_layers": 3,
                 "width": 32,
                 "scores": {
@@ -205,6 +206,47 @@ def test_a_student_keeps_what_it_has_of_the_teachers_lead():
     row = next(line for line in table.splitlines() if line.startswith("| student | 75 |"))
     assert row.endswith("| - | 75 | 68 |")
     assert retained(made_up(teacher=90.0, student=75.0)) == {} and "kept" not in format_table(made_up(teacher=90.0))
+
+
+def test_encoders_of_several_seeds_are_one_row_with_their_own_deviation():
+    students = {f"student-seed{seed}": 60.0 + 10 * seed for seed in range(3)}
+    content = made_up(teacher=90.0, **students, filters=30.0, **{"student-wide": 40.0})
+    again = {**content["encoders"]["student-seed0"], "source": "exp/copy"}
+    content["encoders"]["student-seed9"] = again  # the same weights count once
+    grouped = tabulate_probes.group_by_name(content)
+    assert list(grouped["encoders"]) == ["teacher", "student", "filters", "student-wide"]
+    assert grouped["encoders"]["student"]["scores"]["wer"] == {
+        "mean": 30.0,
+        "deviation": 10.0,
+        "values": [40.0, 30.0, 20.0],
+    }
+    table = format_table(grouped)
+    assert "| student | 3 x 32 | 70.0 ± 10.0 | " in table and "| teacher | 3 x 32 | 90.0 ± 0.5 | " in table
+    assert next(line for line in table.splitlines() if line.startswith("| student | 67 |"))  # (70 - 30) / (90 - 30)
+    assert "Of student: mean and deviation over 3 encoders, not over heads." in table and "Of teacher" not in table
+    assert "student-seed1" in format_table(content)
+    content["encoders"]["student-seed1"]["width"] = 64
+    with pytest.raises(SystemExit, match="encoders of the name student differ in layers or width"):
+        tabulate_probes.group_by_name(content)
+
+
+def test_files_of_several_runs_make_one_table(tmp_path, capsys):
+    for seed in range(2):
+        content = made_up(teacher=90.0, **{f"student-seed{seed}": 60.0 + 10 * seed}, filters=30.0)
+        (tmp_path / f"{seed}.json").write_text(json.dumps(content))
+    files = [str(tmp_path / f"{seed}.json") for seed in range(2)]
+    tabulate_probes.main([*files, "--group-by", "name"])
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows == ["encoder", "teacher", "student", "filters", "kept of the teacher's lead, %", "student"]
+    for changed, message in (
+        ({"settings": {}}, "1.json holds scores of other settings than .*0.json"),
+        ({"encoders": made_up(teacher=80.0)["encoders"]}, "encoder 'teacher' of .*1.json has other weights"),
+    ):
+        (tmp_path / "1.json").write_text(json.dumps({**content, **changed}))
+        with pytest.raises(SystemExit, match=message):
+            tabulate_probes.main(files)
+    with pytest.raises(SystemExit, match="2.json does not exist; run recipes/distilhubert/probe.py first"):
+        tabulate_probes.main([*files, str(tmp_path / "2.json")])
 
 
 @pytest.mark.parametrize(

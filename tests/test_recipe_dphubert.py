@@ -367,10 +367,10 @@ def test_a_student_that_lost_a_whole_convolution_is_refused(hubert, manifest):
 def test_run_sh_says_what_would_do(tmp_path):
     done = run_sh("dphubert", tmp_path, "timit")
     assert done.returncode == 2 and "there are: barista fsdd librispeech mini quickstart" in done.stderr
-    done = run_sh("dphubert", tmp_path, "fsdd", "--stage", "4")
-    assert done.returncode == 2 and "a stage is 1 to 3, not '4'" in done.stderr
+    done = run_sh("dphubert", tmp_path, "fsdd", "--stage", "5")
+    assert done.returncode == 2 and "a stage is 1 to 4, not '5'" in done.stderr
     done = run_sh("dphubert", tmp_path, "--help")
-    assert done.returncode == 0 and "Stages: 1 prepare, 2 prune, 3 distil." in done.stdout
+    assert done.returncode == 0 and "Stages: 1 prepare, 2 prune, 3 distil, 4 probe." in done.stdout
 
 
 @pytest.mark.recipe

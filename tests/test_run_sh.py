@@ -1,8 +1,10 @@
 """recipes/distil_whisper/run.sh as a user calls it, with a tiny random teacher."""
 
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from recipe_runs import run_sh
 from test_data_prep import make_barista, make_fsdd
 
@@ -36,6 +38,33 @@ def test_the_script_of_several_corpora_prepares_all_of_them_once(tmp_path):
     for recipe, dataset in (("distilhubert", "colld_mini"), ("dphubert", "mini")):
         again = run_sh(recipe, tmp_path, dataset, *words[1:])
         assert again.returncode == 0 and "stage 1 (prepare): finished before, skipped" in again.stdout, again.stderr
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("distilhubert", 3), ("dphubert", 4)])
+def test_the_last_stage_of_a_compact_encoder_probes_it_once(recipe, stage, tmp_path):
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    log = f'case "$1" in *probe.py) echo "$@" >> "$0.log"; exit 0 ;; esac\nexec {sys.executable} "$@"\n'
+    (bin_dir / "python").write_text(f"#!/bin/sh\n{log}")  # all but the probe runs, which takes an hour
+    (bin_dir / "python").chmod(0o755)
+    words = [
+        "mini",
+        "--stage",
+        str(stage),
+        "--trainer.output_dir",
+        f"exp/{recipe}/mini-seed1",
+        "--trainer.use_cpu=true",
+    ]
+    done = run_sh(recipe, tmp_path, *words, first_on_path=bin_dir)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = run_sh(recipe, tmp_path, *words, first_on_path=bin_dir)
+    assert again.returncode == 0 and f"stage {stage} (probe): finished before, skipped" in again.stdout
+    (call,) = (bin_dir / "python.log").read_text().splitlines()
+    run_dir, name = f"exp/{recipe}/mini-seed1", f"{recipe}-mini-seed1"
+    encoders = f"teacher=bundled:whisper-base {name}={run_dir}/student log-mel=log-mel"
+    corpora = "--fsdd-dir data/mini/fsdd --barista-dir data/mini/barista"
+    options = f"--output {run_dir}/probes.json {corpora} --encoders {encoders} fresh-{name}=random:{run_dir}/student"
+    assert call == f"{ROOT}/recipes/distilhubert/probe.py {options}"
 
 
 def test_all_stages_run_once_and_a_changed_configuration_is_refused(tmp_path, tiny_teacher):

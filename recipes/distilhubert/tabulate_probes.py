@@ -1,12 +1,14 @@
 """Tables of the small SUPERB, out of what probe.py wrote: scores, and how much of the teacher each encoder keeps.
 
-Launch: python recipes/distilhubert/tabulate_probes.py PROBES_JSON [--readme FILE --marker NAME]
-The first encoder is the teacher. With --readme the tables replace what stands between `<!-- NAME -->` and
-`<!-- /NAME -->` there.
+Launch: python recipes/distilhubert/tabulate_probes.py PROBES_JSON [...] [--group-by name] [--readme FILE --marker NAME]
+The first encoder is the teacher. Several files make one table, with an encoder that several of them have in it once.
+--group-by name has one row for all encoders whose names differ in their -seedN alone. With --readme the tables replace
+what stands between `<!-- NAME -->` and `<!-- /NAME -->` there.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +17,7 @@ from probe_tasks import ERRORS, SCORES
 
 from speechkd.features_store import LOG_MEL
 from speechkd.metrics.superb import retention
+from speechkd.probing import mean_and_deviation
 from speechkd.readme_tables import parse_table_arguments, show_table
 
 FRACTIONS = ("min_dcf", "mtwv")  # not in percent
@@ -51,11 +54,66 @@ def retained(content: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     return table
 
 
+def join_probes(files: list[Path]) -> dict[str, Any]:
+    """What several probes.json hold, in their order; of encoders with the same name and weights the first.
+
+    Raises:
+        SystemExit: a file is missing, their settings differ, or an encoder's name stands for different weights.
+    """
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise SystemExit(f"error: {', '.join(missing)} does not exist; run recipes/distilhubert/probe.py first")
+    contents = {path: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    joined: dict[str, Any] = {"settings": contents[files[0]]["settings"], "encoders": {}}
+    for path, content in contents.items():
+        if content["settings"] != joined["settings"]:
+            raise SystemExit(f"error: {path} holds scores of other settings than {files[0]}; they do not compare")
+        for name, encoder in content["encoders"].items():
+            if joined["encoders"].setdefault(name, encoder)["weights_sha256"] != encoder["weights_sha256"]:
+                raise SystemExit(
+                    f"error: encoder {name!r} of {path} has other weights than that of an earlier file; give one of "
+                    "them another name"
+                )
+    return joined
+
+
+def group_by_name(content: dict[str, Any]) -> dict[str, Any]:
+    """Encoders whose names differ in their -seedN alone as one; its scores are those of the means of each encoder.
+
+    Encoders of equal weights count once.
+
+    Args:
+        content: of probes.json.
+
+    Raises:
+        SystemExit: those of one name differ in layers or width.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, encoder in content["encoders"].items():
+        groups.setdefault(re.sub(r"-seed\d+$", "", name), {})[encoder["weights_sha256"]] = encoder
+    grouped = {}
+    for name, by_weights in groups.items():
+        first, *others = members = list(by_weights.values())
+        if any((other["num_layers"], other["width"]) != (first["num_layers"], first["width"]) for other in others):
+            raise SystemExit(f"error: encoders of the name {name} differ in layers or width; give them different names")
+        if others:
+            means = [{score: member["scores"][score]["mean"] for score in SCORES} for member in members]
+            seconds = [sum(member["head_seconds"].values()) for member in members]
+            first = {
+                **first,
+                "source": ", ".join(member["source"] for member in members),
+                "scores": mean_and_deviation(means),
+                "head_seconds": {"mean": mean(seconds)},
+                "num_encoders": len(members),
+            }
+        grouped[name] = first
+    return {**content, "encoders": grouped}
+
+
 def format_table(content: dict[str, Any]) -> str:
     """Markdown: a row for each encoder with mean and deviation over seeds, a row for what it keeps, and notes.
 
     Args:
-        content: of probes.json.
+        content: of probes.json, or of `group_by_name`.
     """
     encoders = content["encoders"]
     lines = [f"| encoder | layers x width | {' | '.join(SCORES.values())} |", "|---|---:|" + "---:|" * len(SCORES)]
@@ -95,6 +153,11 @@ def _notes(content: dict[str, Any]) -> str:
             f"{steps['speakers']} for verification, {steps['strings']} for CTC; the last head is scored.",
             f"Of verification the mean of two folds, {protocol['num_trials']} trials each, of strangers.",
             f"The teacher is {next(iter(encoders))}.",
+            *(
+                f"Of {name}: mean and deviation over {encoder['num_encoders']} encoders, not over heads."
+                for name, encoder in encoders.items()
+                if "num_encoders" in encoder
+            ),
             "Orders name no speaker, so one may be on both sides.",
             "; ".join(f"{name}: `{encoder['source']}`" for name, encoder in encoders.items()) + ".",
             f"{min(seconds):.0f} to {max(seconds):.0f} s an encoder for all heads;",
@@ -105,11 +168,11 @@ def _notes(content: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Tables out of probes.json.")
-    parser.add_argument("probes", type=Path, help="what probe.py wrote")
+    parser.add_argument("probes", nargs="+", type=Path, help="what probe.py wrote")
+    parser.add_argument("--group-by", choices=("name",), help="one row for each name without its -seedN")
     arguments = parse_table_arguments(parser, argv)
-    if not arguments.probes.is_file():
-        raise SystemExit(f"error: {arguments.probes} does not exist; run recipes/distilhubert/probe.py first")
-    show_table(format_table(json.loads(arguments.probes.read_text(encoding="utf-8"))), arguments)
+    content = join_probes(arguments.probes)
+    show_table(format_table(group_by_name(content) if arguments.group_by else content), arguments)
 
 
 if __name__ == "__main__":

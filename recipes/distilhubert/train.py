@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, set_seed
 from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.encoder_clips import DataConfig, SpanDraws, TrainingClips, collate_clips, training_clips
+from speechkd.data.mini_superb import ProbeConfig
 from speechkd.files import atomic_folder, write_json
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, colld_layers
 from speechkd.model_card import card_head, data_section, licence_section, teacher_section, training_section
@@ -95,6 +96,7 @@ class DistilHubertConfig:
         data: audio; labels are not used.
         student: the shallow one.
         loss: what it learns.
+        probe: what the last stage scores the student on; null for nothing.
         trainer: arguments of transformers' Trainer.
     """
 
@@ -102,6 +104,7 @@ class DistilHubertConfig:
     data: DataConfig
     student: StudentConfig = field(default_factory=StudentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    probe: ProbeConfig | None = None
     trainer: DistillationArguments
 
     def __post_init__(self) -> None:

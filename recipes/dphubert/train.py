@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, set_seed
 from speechkd.cli import run_command
 from speechkd.config import parse_config
 from speechkd.data.encoder_clips import DataConfig, TrainingClips, collate_clips, training_clips
+from speechkd.data.mini_superb import ProbeConfig
 from speechkd.files import write_json
 from speechkd.models.encoder_inputs import EncoderInputs
 from speechkd.models.pruning import PUBLISHED_GATES, GatedEncoder, GateKind, parameter_groups
@@ -117,6 +118,7 @@ class DPHubertConfig:
         pruning: of step one.
         loss: of both steps.
         final: of step two.
+        probe: what the last stage scores the student on; null for nothing.
         trainer: arguments of transformers' Trainer; the numbers of steps and the learning rate are those of step one.
     """
 
@@ -126,6 +128,7 @@ class DPHubertConfig:
     pruning: PruningConfig = field(default_factory=PruningConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     final: FinalConfig = field(default_factory=FinalConfig)
+    probe: ProbeConfig | None = None
     trainer: DistillationArguments
 
     def __post_init__(self) -> None:

@@ -32,6 +32,19 @@ SPARSE_SLOTS = (
 SOME_VALUE = "yes"
 
 
+@dataclass(kw_only=True)
+class ProbeConfig:
+    """Where the manifests of the small SUPERB are, for recipes that end with it.
+
+    Args:
+        fsdd_dir: those of `data_prep/fsdd.py`.
+        barista_dir: those of `data_prep/barista.py`.
+    """
+
+    fsdd_dir: str
+    barista_dir: str
+
+
 @dataclass(frozen=True)
 class ProbeTask:
     """Items to learn from and to test on. All labels are texts.
