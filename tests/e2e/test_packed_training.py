@@ -39,6 +39,7 @@ def test_windows_of_real_clips_are_told_apart_and_trained_on_with_timestamps_and
         "data.max_batch_seconds": 60,
         "decoding.timestamps": "true",
         "teacher.cache_encoder_states": "false",
+        "teacher.stored_outputs": "null",
         "trainer.output_dir": tmp_path / "run",
         "trainer.max_steps": 1,
         "trainer.logging_steps": 1,

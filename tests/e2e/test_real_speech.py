@@ -50,7 +50,7 @@ def test_a_student_of_two_layers_nears_its_teacher_on_orders_in_a_few_steps(tmp_
         write_manifest(path, rows[:number])
     decoding = DecodingConfig(max_new_tokens=48)
     labels = tmp_path / "labels"
-    for split, targets in (("train", ("text", "encoder_states")), ("test", ("text",))):
+    for split, targets in (("train", ("text", "encoder_states", "decoder_states")), ("test", ("text",))):
         label_manifest(
             "bundled:whisper-base",
             tmp_path / f"data/{split}.jsonl",
