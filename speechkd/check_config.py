@@ -1,24 +1,19 @@
 """Checks of a configuration before any training: its keys, teacher, manifests and labels; all problems at once."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import re
 import shlex
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedConfig
 
-from speechkd.config import parse_config
+from speechkd.config_problems import read_config
 from speechkd.data.collate import WhisperTokens
-from speechkd.data.features import SAMPLE_RATE_HZ, WINDOW_SAMPLES
+from speechkd.data.features import SAMPLE_RATE_HZ, SAMPLES_PER_POSITION, WINDOW_SAMPLES
 from speechkd.data.hub import read_utterances
 from speechkd.data.manifest import Manifest
 from speechkd.data.whisper import clip_ids
@@ -59,6 +54,19 @@ class _Source:
     @property
     def store(self) -> Path:
         return Path(str(self.labels_dir)) / self.split
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """What a clip must fit into, in seconds; None where there is no such limit."""
+
+    window_seconds: float | None
+    crop_seconds: float | None = None
+    pads_to_window: bool = True
+    batch_seconds: float | None = None
+
+    def without_batches(self) -> "_Limits":
+        return dataclasses.replace(self, batch_seconds=None)
 
 
 def check_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -106,59 +114,12 @@ def check_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
 def check_manifest(path: str) -> tuple[dict[str, Any], list[str], list[str]]:
     """Facts of a manifest, its problems and the advice on it."""
     try:
-        facts = _manifest_facts(read_utterances(path), _window_seconds("whisper"), None)
+        facts = _manifest_facts(read_utterances(path), _Limits(WINDOW_SAMPLES / SAMPLE_RATE_HZ))
     except ValueError as error:
         return {"path": path}, [str(error)], []
     count = facts["longer_than_window"]
     advice = [f"{count} utterances are longer than Whisper's 30 s and will be skipped; cut them"] if count else []
     return facts, [], advice
-
-
-def read_config(config_class: type, path: Path, overrides: Sequence[str]) -> tuple[Any, list[str]]:
-    """The configuration, and all that is wrong with its keys and values.
-
-    A key at fault is taken out and the rest read again, so that one error does not hide the next.
-
-    Returns:
-        The configuration without the keys at fault, None where that is not possible, and a message for each.
-    """
-    problems: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        reduced = path
-        while True:
-            errors = io.StringIO()
-            try:
-                with contextlib.redirect_stderr(errors):
-                    config: Any = parse_config(config_class, ["--config", str(reduced), *overrides])[0]
-                return config, problems
-            except SystemExit:
-                message = errors.getvalue().strip().removeprefix("error: ").replace(str(reduced), str(path))
-            if message in problems:
-                return None, problems
-            key = re.search(r"unknown key '(.+?)'|[Kk]ey \"(.+?)\"", message)
-            name = None if key is None else key[1] or key[2]
-            if "support bf16" in message:  # of transformers, which names no key
-                name = "trainer.bf16"
-                message = f"trainer.bf16=true: {message} Check it where it will run, or set trainer.bf16=false"
-            problems.append(message)
-            without = None if name is None else _without(reduced, name)
-            if without is None:
-                return None, problems
-            reduced = Path(folder) / path.name
-            reduced.write_text(without, encoding="utf-8")
-
-
-def _without(path: Path, key: str) -> str | None:
-    """The YAML without one key; None if it is not in there."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    *sections, name = key.split(".")
-    inner = content
-    for section in sections:
-        inner = inner.get(section) if isinstance(inner, dict) else None
-    if not isinstance(inner, dict) or name not in inner:
-        return None
-    del inner[name]
-    return yaml.safe_dump(content)
 
 
 def _check_model(config: Any, found: _Findings) -> PreTrainedConfig | None:
@@ -197,15 +158,25 @@ def _stage_command(recipe: Path, config: Path) -> str | None:
     return f"bash {script} {dataset} --corpus-dir DIR --stop-stage 1" if script.is_file() else None
 
 
-def _window_seconds(model_type: str | None) -> float | None:
-    return WINDOW_SAMPLES / SAMPLE_RATE_HZ if model_type == "whisper" else None
+def _limits(config: Any, model: PreTrainedConfig | None) -> _Limits:
+    data, teacher = getattr(config, "data", None), getattr(config, "teacher", None)
+    window = None
+    if getattr(model, "model_type", None) == "whisper":
+        own_seconds = model.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
+        window = getattr(teacher, "window_seconds", None) or own_seconds
+    return _Limits(
+        window,
+        crop_seconds=getattr(data, "crop_seconds", None),
+        pads_to_window=getattr(teacher, "grid_seconds", None) is None,
+        batch_seconds=getattr(data, "max_batch_seconds", None),
+    )
 
 
 def _check_manifests(
     config: Any, model: PreTrainedConfig | None, run_sh: str | None, found: _Findings
 ) -> tuple[dict[str, Manifest], dict[str, Any]]:
     data = getattr(config, "data", None)
-    window = _window_seconds(getattr(model, "model_type", None))
+    limits = _limits(config, model)
     allowed = getattr(data, "max_skipped_fraction", 0.0)
     manifests: dict[str, Manifest] = {}
     facts: dict[str, Any] = {}
@@ -219,17 +190,17 @@ def _check_manifests(
             if is_trained:
                 found.blocking.append(f"{key} cannot be read")
             continue
-        limit = getattr(data, "max_batch_seconds", None) if is_trained else None
-        facts[name] = _manifest_facts(manifests[name], window, limit)
+        facts[name] = _manifest_facts(manifests[name], limits if is_trained else limits.without_batches())
         if too_long := facts[name].get("longer_than_window"):
-            message = f"{key}: {too_long} utterances are longer than the model's {window:g} s"
+            message = f"{key}: {too_long} utterances are longer than the model's {limits.window_seconds:g} s"
             if too_long > allowed * len(manifests[name]):
                 found.problems.append(f"{message}, above data.max_skipped_fraction={allowed}; cut them")
             else:
                 found.advice.append(f"{message} and will be skipped; cut them")
         if too_long := facts[name].get("longer_than_batch"):
             found.block(
-                f"{key}: {too_long} utterances fill more than data.max_batch_seconds={limit:g} alone; raise it",
+                f"{key}: {too_long} utterances fill more than data.max_batch_seconds={limits.batch_seconds:g} alone; "
+                "raise it",
                 "utterances are longer than a batch",
             )
     for source in _sources(config):
@@ -257,7 +228,7 @@ def _sources(config: Any) -> list[_Source]:
     return sources
 
 
-def _manifest_facts(manifest: Manifest, window: float | None, max_batch_seconds: float | None) -> dict[str, Any]:
+def _manifest_facts(manifest: Manifest, limits: _Limits) -> dict[str, Any]:
     seconds = manifest.durations_seconds
     facts = {
         "path": str(manifest.path),
@@ -267,11 +238,13 @@ def _manifest_facts(manifest: Manifest, window: float | None, max_batch_seconds:
         "median_seconds": round(float(np.median(seconds)), 2),
         "longest_seconds": round(float(seconds.max()), 2),
     }
+    window = limits.window_seconds
+    heard = seconds if limits.crop_seconds is None else np.minimum(seconds, limits.crop_seconds)
     if window is not None:
-        facts["longer_than_window"] = int((seconds > window).sum())
-    if max_batch_seconds is not None:
-        padded = seconds if window is None else np.full(len(seconds), window)
-        facts["longer_than_batch"] = int((padded > max_batch_seconds).sum())
+        facts["longer_than_window"] = int((heard > window).sum())
+    if limits.batch_seconds is not None:
+        padded = heard if window is None or not limits.pads_to_window else np.full(len(heard), window)
+        facts["longer_than_batch"] = int((padded > limits.batch_seconds).sum())
     return facts
 
 

@@ -16,13 +16,13 @@ from recipe_runs import QUIET, facts_of, forget_the_end, log_of, run_sh, saved_t
 from safetensors.torch import load_file
 from test_models_distilhubert import make_teacher
 from torch import nn
-from transformers import AutoFeatureExtractor, AutoModel, get_linear_schedule_with_warmup
+from transformers import AutoFeatureExtractor, AutoModel, WhisperConfig, get_linear_schedule_with_warmup
 
 sys.path.append(str(ROOT / "recipes/distilhubert"))  # behind the others: its train.py is loaded by path
 
 from encoder_objective import LossConfig, SharedFrames, count_items, loss_terms
 
-from speechkd.check_config import check_config
+from speechkd.check_config import _limits, _manifest_facts, check_config
 from speechkd.config import parse_config
 from speechkd.data.encoder_clips import ClipSet, DataConfig, SpanDraws, build_clips, collate_clips
 from speechkd.data.features import WhisperWindow
@@ -590,6 +590,19 @@ def test_doctor_reads_every_manifest_of_a_whisper_and_no_texts(whisper, manifest
     assert found["manifests"]["train, data.extra_manifests[0]"]["num_utterances"] == 2
     overlap = check_config(BARISTA, [*argv[2:], f"--data.extra_manifests=[{test_manifest}]"])["problems"]
     assert any("both in data.extra_manifests[0] and data.test_manifest" in problem for problem in overlap)
+
+
+def test_doctor_measures_batches_by_what_a_whisper_hears(manifest):
+    def longer_than_batch(*more):
+        # the missing teacher spares the trial
+        argv = arguments(BARISTA, "missing", manifest, "--data.crop_seconds=1", "--data.max_batch_seconds=2", *more)
+        model = WhisperConfig(max_source_positions=100)
+        config = parse_config(train.DistilHubertConfig, argv)[0]
+        return _manifest_facts(read_manifest(manifest), _limits(config, model))["longer_than_batch"]
+
+    assert longer_than_batch("--teacher.window_seconds=null") == 0  # the model's own 2 s
+    assert longer_than_batch("--teacher.window_seconds=3") == len(read_manifest(manifest))
+    assert longer_than_batch("--teacher.window_seconds=3", "--teacher.grid_seconds=0.2") == 0
 
 
 def test_run_sh_says_what_would_do(tmp_path):
