@@ -161,7 +161,7 @@ def _stage_command(recipe: Path, config: Path) -> str | None:
 def _limits(config: Any, model: PreTrainedConfig | None) -> _Limits:
     data, teacher = getattr(config, "data", None), getattr(config, "teacher", None)
     window = None
-    if getattr(model, "model_type", None) == "whisper":
+    if model is not None and model.model_type == "whisper":
         own_seconds = model.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
         window = getattr(teacher, "window_seconds", None) or own_seconds
     return _Limits(

@@ -304,12 +304,16 @@ def _export(arguments: Namespace) -> dict[str, Any]:
     if arguments.format == "torch_export" or is_encoder(arguments.model):
         from speechkd.export.encoder import export_encoder
 
-        if arguments.manifest is not None or arguments.window_seconds is not None:
-            raise ValueError(
-                "the export of an encoder uses neither --manifest nor --window-seconds: its states are compared on "
-                "noise, and it takes clips of any length; leave them out"
-            )
-        return export_encoder(arguments.model, arguments.output_dir, arguments.format, arguments.precision or "float32")
+        if arguments.window_seconds is not None:
+            raise ValueError("the export of an encoder takes clips of any length; leave --window-seconds out")
+        return export_encoder(
+            arguments.model,
+            arguments.output_dir,
+            arguments.format,
+            arguments.precision or "float32",
+            manifest_path=arguments.manifest,
+            max_clips=arguments.max_clips,
+        )
     from speechkd.export import export_model
 
     return export_model(

@@ -7,63 +7,25 @@ what the first block hears. Of tasks whose head is linear up to the mean over fr
 """
 
 import hashlib
-import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, PreTrainedModel
 
-from speechkd.data.features import KALDI_FRAME_SAMPLES, SAMPLE_RATE_HZ, SAMPLES_PER_POSITION, KaldiFbank
+from speechkd.data.features import SAMPLE_RATE_HZ
 from speechkd.data.loader import ClipBatch, clip_batches, skipped_row
 from speechkd.data.manifest import Manifest
 from speechkd.files import folder_lock
+from speechkd.frame_encoders import MAX_CLIP_SECONDS, FrameEncoder
 from speechkd.labels.pseudo_label import ShardWriter, pending_positions
 from speechkd.labels.teacher_cache import LabelStore, create_store
-from speechkd.models.distilhubert import compact_encoder
-from speechkd.models.encoder_inputs import EncoderInputs, encoder_layers
-from speechkd.models.pruned_encoder import PrunedEncoderConfig, PrunedEncoderModel
-from speechkd.models.speech_encoders import load_encoder
-from speechkd.models.whisper import shorten_encoder
 from speechkd.preemption import Preempted, sigterm_requests
-from speechkd.teachers import freeze, resolve_model, teacher_identity
 
-LOG_MEL = "log-mel"  # the name under which filter banks take the place of an encoder
-LOG_MEL_MELS = 80
-LOG_MEL_CENTRE, LOG_MEL_SCALE = -6.0, 4.0  # of speech in [-1, 1]; a head's steps suit values around 1
-MAX_CLIP_SECONDS = 3600.0  # of encoders without a window
 SHARD_BYTES = 512 * 2**20  # that wait in memory for their shard
-
-
-@dataclass(frozen=True)
-class FrameEncoder:
-    """A frozen encoder, or features without one, as probing uses it.
-
-    Args:
-        identity: as of `teacher_identity`.
-        num_layers: states of a frame; blocks and what the first one hears.
-        width: of a state.
-        frames_per_second: to foresee the disk space.
-        min_samples: the shortest clip that has a frame.
-        max_seconds: the longest clip.
-        pads: whether clips of different lengths may stand in one batch.
-        encode: from 16 kHz waveforms (batch, samples) and lengths (batch,) to states (batch, layers, frames, width)
-            and frames of each clip (batch,).
-    """
-
-    identity: dict[str, Any]
-    num_layers: int
-    width: int
-    frames_per_second: float
-    min_samples: int
-    max_seconds: float
-    pads: bool
-    encode: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class FrameStates:
@@ -123,52 +85,17 @@ def stored_states(stores: Sequence[LabelStore]) -> FrameStates:
     return FrameStates(_StoredArrays(stores))
 
 
-def load_frame_encoder(
-    name: str,
-    *,
-    fresh_seed: int | None = None,
-    window_seconds: int | None = None,
-    device: torch.device | str = "cpu",
-) -> FrameEncoder:
-    """An encoder for probing, or Kaldi's filter banks under the name "log-mel".
-
-    Filter banks are not normalised over a clip: the mean over frames, which most heads read, would be zero.
-
-    Args:
-        name: as of `load_encoder`, or "log-mel".
-        fresh_seed: take new weights in the same configuration, as `compact_encoder` makes them or the class of a pruned
-            encoder; None keeps them.
-        window_seconds: of a Whisper, to which clips are padded, if its own is not shorter; None keeps its own.
-        device: where it runs.
-
-    Raises:
-        ValueError: see `load_encoder`, or new weights of log-mel are asked for.
-    """
-    if name == LOG_MEL:
-        if fresh_seed is not None:
-            raise ValueError(f"{LOG_MEL} has no weights to draw anew; give the name of an encoder, or no seed")
-        return _log_mel(device)
-    # a checkpoint without the vector that SpecAugment writes gets a random one: it must not change the identity
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(fresh_seed or 0)
-        encoder, normalize_input = load_encoder(name)
-        if fresh_seed is not None:  # before the window is cut: the draws depend on its length
-            encoder = _fresh_weights(name, encoder)
-            name = f"{name} with fresh weights, seed {fresh_seed}"
-        if window_seconds is not None and encoder.config.model_type == "whisper":
-            own_seconds = encoder.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
-            if window_seconds < own_seconds:
-                shorten_encoder(encoder, window_seconds)
-    return _frame_encoder(name, encoder, normalize_input, device)
-
-
 def features_folder(features_dir: str | Path, encoder: FrameEncoder, manifest: Manifest, *, mean: bool) -> Path:
     """Where the states of a manifest are kept: a folder for its encoder and kind, in it one for the manifest's file."""
     kind = "mean" if mean else "frames"
     window = f"{encoder.max_seconds:g}s" if encoder.max_seconds < MAX_CLIP_SECONDS else "whole"
     path = Path(manifest.path)
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    identity = f"{encoder.identity['weights_sha256'][:16]}-{encoder.num_layers}layers-float16-{window}-{kind}"
+    window += "" if encoder.grid_seconds is None else f"-grid{encoder.grid_seconds:g}"
+    layers = (
+        f"{encoder.num_layers}layers" if encoder.layers is None else "-".join(["layers", *map(str, encoder.layers)])
+    )
+    identity = f"{encoder.identity['weights_sha256'][:16]}-{layers}-float16-{window}-{kind}"
     return Path(features_dir) / identity / f"{path.stem}-{place}"
 
 
@@ -212,11 +139,12 @@ def store_states(
         "teacher": encoder.identity,
         "targets": ["hidden_states"],
         "hidden_states": {
-            "layers": encoder.num_layers,
+            "layers": encoder.num_layers if encoder.layers is None else list(encoder.layers),
             "width": encoder.width,
             "dtype": "float16",
             "mean": mean,
             "max_seconds": encoder.max_seconds,
+            **({} if encoder.grid_seconds is None else {"grid_seconds": encoder.grid_seconds}),
         },
     }
     with folder_lock(folder):
@@ -241,6 +169,22 @@ def store_states(
                 if termination.received:
                     raise Preempted(f"stopped by SIGTERM; finished states are in {folder}, the same command resumes")
     return LabelStore(folder)
+
+
+def open_states(encoder: FrameEncoder, manifest: Manifest, features_dir: str | Path) -> FrameStates:
+    """The states that `store_states` has kept of all these clips.
+
+    Raises:
+        ValueError: some have none.
+    """
+    folder = features_folder(features_dir, encoder, manifest, mean=False)
+    known = {row["id"] for row in LabelStore(folder).rows()} if (folder / "header.json").is_file() else set()
+    if missing := [key for key in manifest.ids if key not in known]:
+        raise ValueError(
+            f"{len(missing)} of {len(manifest)} clips of {manifest.path} have no states in {folder}, the first is "
+            f"{missing[0]!r}; store them first"
+        )
+    return stored_states([LabelStore(folder)])
 
 
 Clip = tuple[dict[str, Any], Tensor]
@@ -303,66 +247,3 @@ def _check_disk(encoder: FrameEncoder, manifest: Manifest, pending: list[int], f
             f"states of {len(pending)} clips, {seconds.sum() / 3600:.1f} h, need {needed / 1e9:.1f} GB in {folder}, "
             f"where {free / 1e9:.1f} GB are free; choose a larger disk with --features-dir, or a smaller manifest"
         )
-
-
-def _frame_encoder(
-    name: str, encoder: PreTrainedModel, normalize_input: bool, device: torch.device | str
-) -> FrameEncoder:
-    config: Any = encoder.config
-    is_whisper = config.model_type == "whisper"
-    identity = teacher_identity(name, encoder)
-    model: Any = freeze(encoder)
-    model.to(device)
-    inputs = EncoderInputs(encoder, normalize_input=normalize_input).to(device)
-
-    def encode(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        output = model(**inputs(waveforms, num_samples), output_hidden_states=True)
-        # the last after the norm that some encoders end with
-        states = torch.stack([*output.hidden_states[:-1], output.last_hidden_state], dim=1)
-        return states, inputs.num_frames(num_samples)
-
-    # w2v-BERT and wav2vec 2.0 make a frame of 20 ms as Whisper does
-    return FrameEncoder(
-        identity=identity,
-        num_layers=len(encoder_layers(encoder)) + 1,
-        width=config.hidden_size,
-        frames_per_second=SAMPLE_RATE_HZ / SAMPLES_PER_POSITION,
-        min_samples=inputs.receptive_field_samples,
-        max_seconds=config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
-        if is_whisper
-        else MAX_CLIP_SECONDS,
-        pads=getattr(config, "feat_extract_norm", "layer") != "group",
-        encode=encode,
-    )
-
-
-def _fresh_weights(name: str, encoder: PreTrainedModel) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(resolve_model(name))
-    if isinstance(config, PrunedEncoderConfig):  # the encoder's own configuration does not say how narrow it is
-        return PrunedEncoderModel(config).encoder
-    return compact_encoder(encoder, len(encoder_layers(encoder)), init="random")
-
-
-def _log_mel(device: torch.device | str) -> FrameEncoder:
-    features = KaldiFbank(LOG_MEL_MELS).to(device)
-
-    def encode(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        banks, num_frames = features(waveforms, num_samples)
-        return ((banks - LOG_MEL_CENTRE) / LOG_MEL_SCALE)[:, None], num_frames
-
-    settings = f"{LOG_MEL} {LOG_MEL_MELS} {LOG_MEL_CENTRE} {LOG_MEL_SCALE}"
-    return FrameEncoder(
-        identity={"name": LOG_MEL, "revision": None, "weights_sha256": hashlib.sha256(settings.encode()).hexdigest()},
-        num_layers=1,
-        width=LOG_MEL_MELS,
-        frames_per_second=100.0,
-        min_samples=KALDI_FRAME_SAMPLES,
-        max_seconds=MAX_CLIP_SECONDS,
-        pads=True,
-        encode=encode,
-    )
-
-
-def fitting_window_seconds(manifests: Sequence[Manifest]) -> int:
-    """The shortest window, in whole seconds, that holds all clips."""
-    return math.ceil(max(float(manifest.durations_seconds.max()) for manifest in manifests))

@@ -13,8 +13,9 @@ import torch
 
 from speechkd.data.manifest import read_manifest
 from speechkd.doctor import made_on
-from speechkd.features_store import FrameStates, fitting_window_seconds, load_frame_encoder, store_states, stored_states
+from speechkd.features_store import FrameStates, store_states, stored_states
 from speechkd.files import folder_lock, read_jsonl, write_json, write_jsonl
+from speechkd.frame_encoders import fitting_window_seconds, load_frame_encoder
 from speechkd.probing import ProbeProtocol, mean_and_deviation
 from speechkd.probing_tasks import LABEL_TASKS, SUPERB, Task, TaskData, check_task, read_trials, score_task
 

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_tone
 from transformers import (
     AutoFeatureExtractor,
     AutoModel,
@@ -27,12 +28,15 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from speechkd.data.audio import load_audio
 from speechkd.data.features import padding_mask
+from speechkd.data.manifest import write_manifest
 from speechkd.export import encoder as encoder_export
 from speechkd.export import encoder_runtime
 from speechkd.export.encoder import export_encoder, without_parametrizations
 from speechkd.export.encoder_runtime import EncoderInput, is_encoder, load_encoder_runner
 from speechkd.models.encoder_extraction import EncoderMasks, prune_encoder
+from speechkd.models.encoder_inputs import EncoderInputs
 from speechkd.models.speech_encoders import load_encoder, save_encoder
 
 needs_onnx = [pytest.importorskip(name, exc_type=ImportError) for name in ("onnx", "onnxscript", "onnxruntime")]
@@ -265,6 +269,29 @@ def test_unknown_formats_and_precisions_are_refused(format_name, precision, mess
     with pytest.raises(ValueError, match=message):
         export_encoder(sources["hubert"], tmp_path / "out", format_name, precision)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "whisper"])
+def test_states_are_compared_on_real_clips_too(kind, sources, tmp_path):
+    rows = []
+    for index, seconds in enumerate((0.4, 2.5, 0.7)):
+        write_tone(tmp_path / f"{index}.wav", seconds)
+        rows.append({"id": str(index), "audio": f"{index}.wav", "duration_seconds": seconds, "sample_rate_hz": 16_000})
+    manifest = tmp_path / "clips.jsonl"
+    write_manifest(manifest, rows)
+    export = export_encoder(sources[kind], tmp_path / "onnx", "onnx", "int8", manifest_path=manifest, max_clips=2)
+    parity = export["parity"][-1]
+    assert parity["clips"] == (2 if kind == "wav2vec2" else 1)  # this Whisper hears 2 s
+    assert 0.99 < parity["mean_cosine"] < 1.0
+
+    encoder, normalizes = load_encoder(sources[kind])
+    waveform = load_audio(tmp_path / "0.wav", 16_000)[None]
+    (values,) = EncoderInputs(encoder, normalize_input=normalizes)(waveform, torch.tensor([6400])).values()
+    runners = [load_encoder_runner(str(folder)) for folder in (sources[kind], tmp_path / "onnx")]
+    expected, found = (runner(values)[0, :20] for runner in runners)
+    assert parity["max_difference"] >= (found - expected).abs().max() > 0
+    with pytest.raises(ValueError, match="max_clips must be 1 or more, got 0"):
+        export_encoder(sources[kind], tmp_path / "none", "onnx", manifest_path=manifest, max_clips=0)
 
 
 def test_a_full_folder_and_an_export_of_an_export_are_refused(sources, exported, tmp_path):

@@ -10,18 +10,13 @@ from conftest import write_tone
 from transformers import HubertConfig, HubertModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from speechkd import features_store
+from speechkd import features_store, frame_encoders
 from speechkd.data.audio import AudioError, load_audio
 from speechkd.data.features import KaldiFbank
 from speechkd.data.manifest import read_manifest, write_manifest
-from speechkd.features_store import (
-    FrameStates,
-    features_folder,
-    fitting_window_seconds,
-    load_frame_encoder,
-    store_states,
-    stored_states,
-)
+from speechkd.export.encoder import export_encoder
+from speechkd.features_store import FrameStates, features_folder, store_states, stored_states
+from speechkd.frame_encoders import fitting_window_seconds, load_frame_encoder
 from speechkd.labels.teacher_cache import LabelStore
 from speechkd.models.pruning import GatedEncoder
 from speechkd.models.speech_encoders import feature_extractor, save_encoder
@@ -145,14 +140,14 @@ def test_a_killed_run_goes_on_with_the_clips_that_are_missing(tones, tmp_path, m
             raise KeyboardInterrupt
         return encode(waveforms, num_samples)
 
-    dying = features_store.FrameEncoder(**{**vars(encoder), "encode": encode_until_killed})
+    dying = frame_encoders.FrameEncoder(**{**vars(encoder), "encode": encode_until_killed})
     with pytest.raises(KeyboardInterrupt):
         store_states(dying, manifest, tmp_path / "features")
     folder = features_folder(tmp_path / "features", encoder, manifest, mean=False)
     done = [row["id"] for row in LabelStore(folder).rows()]
     assert 0 < len(done) < len(SECONDS)
     calls.clear()
-    counting = features_store.FrameEncoder(
+    counting = frame_encoders.FrameEncoder(
         **{**vars(encoder), "encode": lambda *clips: calls.append(len(clips[1])) or encode(*clips)}
     )
     store = store_states(counting, manifest, tmp_path / "features")
@@ -184,14 +179,14 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_encoded(tones, t
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 10))
     encoder = load_frame_encoder(str(tmp_path / "hubert"))
-    dumb = features_store.FrameEncoder(**{**vars(encoder), "encode": None})
+    dumb = frame_encoders.FrameEncoder(**{**vars(encoder), "encode": None})
     with pytest.raises(ValueError, match=r"states of 4 clips, 0.0 h, need 0.0 GB .*--features-dir"):
         store_states(dumb, read_manifest(tones), tmp_path / "features")
 
 
 def test_states_beyond_float16_are_refused(tones, tmp_path):
     encoder = load_frame_encoder("log-mel")
-    loud = features_store.FrameEncoder(
+    loud = frame_encoders.FrameEncoder(
         **{**vars(encoder), "encode": lambda *clips: (encoder.encode(*clips)[0] * 1e6, encoder.encode(*clips)[1])}
     )
     with pytest.raises(ValueError, match="states of utterance 't0' reach .* float16"):
@@ -224,7 +219,7 @@ def test_new_weights_of_a_pruned_encoder_have_its_widths(tmp_path):
     assert len({encoder.identity["weights_sha256"] for encoder in (loaded, fresh, other)}) == 3
     states = [encoder.encode(torch.randn(1, 8000), torch.tensor([8000]))[0] for encoder in (loaded, fresh)]
     assert states[0].shape == states[1].shape == (1, 3, 50, 32)
-    encoder = features_store._fresh_weights(str(tmp_path), pruned.encoder)
+    encoder = frame_encoders._fresh_weights(str(tmp_path), pruned.encoder)
     theirs = pruned.encoder.state_dict()
     assert {name: weight.shape for name, weight in encoder.state_dict().items()} == {
         name: weight.shape for name, weight in theirs.items()
@@ -232,3 +227,20 @@ def test_new_weights_of_a_pruned_encoder_have_its_widths(tmp_path):
     weights = encoder.layers[0].fc1.weight
     assert len(weights) == pruned.config.ffn_units[0] <= 18 and weights.std().item() == pytest.approx(0.02, rel=0.2)
     assert encoder.embed_positions.weight.equal(theirs["embed_positions.weight"])  # of sines, not of draws
+
+
+@pytest.mark.parametrize("save", [save_hubert, save_whisper])
+def test_an_export_gives_the_last_states_of_its_encoder(save, tones, tmp_path):
+    save(tmp_path / "model")
+    export_encoder(str(tmp_path / "model"), tmp_path / "onnx", "onnx")
+    whole = load_frame_encoder(str(tmp_path / "model"), window_seconds=2)
+    export = load_frame_encoder(str(tmp_path / "onnx"), window_seconds=2)
+    assert (export.num_layers, export.width) == (1, whole.width)
+    assert (export.max_seconds, export.min_samples, export.pads) == (whole.max_seconds, whole.min_samples, whole.pads)
+    assert export.identity["weights_sha256"] != whole.identity["weights_sha256"]
+    manifest = read_manifest(tones)
+    expected, found = (store_states(encoder, manifest, tmp_path / "features") for encoder in (whole, export))
+    for key in manifest.ids:
+        torch.testing.assert_close(found.array(key), expected.array(key)[-1:], atol=2e-3, rtol=0)
+    with pytest.raises(ValueError, match="is an export, whose weights are fixed"):
+        load_frame_encoder(str(tmp_path / "onnx"), fresh_seed=0)

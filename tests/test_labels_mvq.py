@@ -15,7 +15,7 @@ from transformers import HubertConfig, HubertModel
 from speechkd.cli import main
 from speechkd.data.audio import load_audio
 from speechkd.data.manifest import read_manifest, write_manifest
-from speechkd.features_store import load_frame_encoder
+from speechkd.frame_encoders import load_frame_encoder
 from speechkd.labels import mvq_labels
 from speechkd.labels.mvq_codes import collate_codes, mvq_header, mvq_key, mvq_settings, read_codes
 from speechkd.labels.mvq_labels import codes_summary, fit_quantizer, label_codes

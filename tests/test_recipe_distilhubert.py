@@ -36,6 +36,7 @@ RECIPE = ROOT / "recipes/distilhubert"
 YAMLS = sorted(RECIPE.glob("*.yaml"))
 PAPER, BARISTA, COLLD = (RECIPE / f"{name}.yaml" for name in ("librispeech", "barista", "colld_barista"))
 train = load_recipe(RECIPE / "train.py")
+states = load_recipe(RECIPE / "store_states.py")
 
 
 @pytest.fixture
@@ -326,6 +327,7 @@ def test_settings_that_do_not_fit_are_refused(capsys):
         (["--loss.temperature=0"], "loss.temperature"),
         (["--loss.span_start_probability=0"], "loss.span_start_probability must be above 0 and at most 1, got 0"),
         (["--loss.num_negatives=0"], "loss.num_negatives must be 1 or more, got 0"),
+        (["--teacher.dropout=true", "--teacher.states_dir=x"], "teacher.states_dir=x keeps one for each frame"),
         (["--data.crop_seconds=151"], "data.crop_seconds=151 is more than data.max_batch_seconds=150"),
         (["--data.max_batch_size=0"], "data.max_batch_size must be 1 or more, got 0"),
         (["--data.max_skipped_fraction=2"], "data.max_skipped_fraction must be 0 to 1, got 2"),
@@ -373,6 +375,8 @@ def arguments(path: Path, teacher: str, manifest: Path, *more: str) -> list[str]
         options["teacher.window_seconds"] = 2
     if "extra_manifests" in path.read_text():
         options["data.extra_manifests"] = f"[{write_clips(manifest.parent, [4000, 20_000], 'extra')}]"
+    if "states_dir" in path.read_text():
+        options |= {"teacher.states_dir": manifest.parent / "states", "data.crop_seconds": 2.0}
     if "dev_manifest" in path.read_text():
         options["data.dev_manifest"] = manifest
     return ["--config", str(path), *(f"--{key}={value}" for key, value in options.items()), *more]
@@ -387,9 +391,12 @@ def built(argv: list[str]) -> tuple[Any, dict[str, Any]]:
 def test_every_recipe_trains_two_steps(path, hubert, whisper, manifest, tmp_path):
     family = {"librispeech": "hubert", "colld_librispeech": "wav2vec2-bert"}.get(path.stem, "whisper")
     teacher = {"hubert": hubert, "whisper": whisper}.get(family) or saved_teacher(tmp_path / "teacher", family)
-    train.main(arguments(path, teacher, manifest))
+    argv = arguments(path, teacher, manifest)
+    states.main(argv)
+    train.main(argv)
     run = tmp_path / "run"
     facts = facts_of(run)
+    assert facts["teacher_states"] == ("stored in float16" if path.stem.endswith("mini") else "live")
     assert facts["steps"] == 2 and facts["encoder_layers"] == 2
     assert facts["train_utterances"] == (8 if path.stem.endswith("mini") else 6)
     assert facts["left_out"] == {"num_undecodable": 0, "num_short": 0} and facts["is_whisper"] == (family == "whisper")
@@ -411,6 +418,34 @@ def test_every_recipe_trains_two_steps(path, hubert, whisper, manifest, tmp_path
     features = extractor(np.zeros(16_000), sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         assert encoder(**features).last_hidden_state.shape[-1] == 32
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("method", ["distilhubert", "colld"])
+@pytest.mark.parametrize("family", ["hubert", "whisper"])
+def test_stored_states_of_the_teacher_give_the_loss_of_the_live_one(family, method, hubert, whisper, tmp_path):
+    # a HuBERT hears padding, and a Whisper silence up to the longest clip of a batch: so all are of one length
+    manifest = write_clips(tmp_path, [16_000] * 4)
+    path = {"distilhubert": BARISTA, "colld": COLLD}[method]
+    argv = arguments(path, {"hubert": hubert, "whisper": whisper}[family], manifest, "--data.num_workers=1")
+    argv += ["--teacher.window_seconds=null"] if family == "hubert" else ["--teacher.grid_seconds=0.3"]
+    stored = [*argv, f"--teacher.states_dir={tmp_path / 'states'}"]
+    with pytest.raises(
+        ValueError, match="4 of 4 clips .* have no states in .*, the first .*store_states.py"
+    ):
+        built(stored)
+    states.main(stored)
+    losses = []
+    for arguments_ in (argv, stored):
+        trainer, _ = built(arguments_)
+        batch = next(iter(trainer.get_train_dataloader()))
+        torch.manual_seed(0)
+        losses.append(trainer.loss_terms(trainer.model.eval(), trainer.teacher, batch)[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert trainer.teacher is None
+
+    with pytest.raises(ValueError, match="has 1.0 s, which data.crop_seconds=0.5 would crop"):
+        built([*stored, "--data.crop_seconds=0.5"])
 
 
 @pytest.mark.recipe
@@ -608,10 +643,10 @@ def test_doctor_measures_batches_by_what_a_whisper_hears(manifest):
 def test_run_sh_says_what_would_do(tmp_path):
     done = run_sh("distilhubert", tmp_path, "timit")
     assert done.returncode == 2 and "there are: barista colld_barista colld_librispeech colld_mini" in done.stderr
-    done = run_sh("distilhubert", tmp_path, "fsdd", "--stage", "4")
-    assert done.returncode == 2 and "a stage is 1 to 3, not '4'" in done.stderr
+    done = run_sh("distilhubert", tmp_path, "fsdd", "--stage", "5")
+    assert done.returncode == 2 and "a stage is 1 to 4, not '5'" in done.stderr
     done = run_sh("distilhubert", tmp_path, "--help")
-    assert done.returncode == 0 and "Stages: 1 prepare, 2 train, 3 probe." in done.stdout
+    assert done.returncode == 0 and "Stages: 1 prepare, 2 states, 3 train, 4 probe." in done.stdout
 
 
 def test_the_small_runs_differ_in_method_alone_and_compute_little_silence():
@@ -640,6 +675,7 @@ def test_the_stages_end_with_a_student_once(hubert, tmp_path):
     assert facts["train_utterances"] == 240 and (tmp_path / "exp/run/student/model.safetensors").is_file()
     again = run_sh("distilhubert", tmp_path, *words)
     assert again.returncode == 0 and again.stdout.count("finished before, skipped") == 2
-    assert "stage 3 (probe): no probe section, nothing to score" in first.stdout
+    assert "stage 4 (probe): no probe section, nothing to score" in first.stdout
+    assert "stage 2 (states): no teacher.states_dir, the teacher runs in every step" in first.stdout
     changed = run_sh("distilhubert", tmp_path, *words, "--loss.cosine=0.5")
     assert changed.returncode == 2 and "loss.cosine was 1.0, now 0.5" in changed.stderr

@@ -88,7 +88,7 @@ class SharedFrames:
 
 def loss_terms(
     model: CompactStudent,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     batch: Batch,
     *,
     frames: SharedFrames,
@@ -100,7 +100,7 @@ def loss_terms(
 
     Args:
         model: the student.
-        teacher: an encoder of the student's kind: both hear the same input.
+        teacher: an encoder of the student's kind: both hear the same input. None where the batch has its states.
         batch: of `collate_clips`, with `masked` for colld.
         frames: of both.
         layers: of the teacher, from 1, one for each head.
@@ -115,8 +115,13 @@ def loss_terms(
     """
     num_samples = torch.tensor(batch["num_samples"])  # on the CPU, where the checks of lengths wait for no device
     inputs = model.inputs(pcm16_to_float(batch["waveforms"]), num_samples)
-    with torch.autocast(batch["waveforms"].device.type, enabled=False):  # its dtype is its own, as in the paper's code
-        targets = teacher_targets(teacher, inputs, layers, dropout=teacher_dropout)
+    if teacher is None:
+        targets = batch["states"]
+    else:
+        with torch.autocast(
+            batch["waveforms"].device.type, enabled=False
+        ):  # its dtype is its own, as in the paper's code
+            targets = teacher_targets(teacher, inputs, layers, dropout=teacher_dropout)
     predictions = model(inputs, batch.get("masked"))
     predictions, targets, inside = align_frames(
         predictions,

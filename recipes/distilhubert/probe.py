@@ -25,16 +25,9 @@ from tabulate_probes import format_table
 from speechkd.cli import run_command
 from speechkd.data.manifest import Manifest
 from speechkd.doctor import made_on
-from speechkd.features_store import (
-    MAX_CLIP_SECONDS,
-    FrameEncoder,
-    FrameStates,
-    fitting_window_seconds,
-    load_frame_encoder,
-    store_states,
-    stored_states,
-)
+from speechkd.features_store import FrameStates, store_states, stored_states
 from speechkd.files import folder_lock, write_json
+from speechkd.frame_encoders import MAX_CLIP_SECONDS, FrameEncoder, fitting_window_seconds, load_frame_encoder
 from speechkd.probing import mean_and_deviation
 from speechkd.readme_tables import parse_table_arguments, show_table
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from probe_tasks import ERRORS, SCORES
 
-from speechkd.features_store import LOG_MEL
+from speechkd.frame_encoders import LOG_MEL
 from speechkd.metrics.superb import retention
 from speechkd.probing import mean_and_deviation
 from speechkd.readme_tables import parse_table_arguments, show_table

@@ -6,6 +6,7 @@ under torchrun or accelerate too. A killed run carries on from its last checkpoi
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,19 @@ from transformers import PreTrainedModel, set_seed
 
 from speechkd.cli import run_command
 from speechkd.config import parse_config
-from speechkd.data.encoder_clips import DataConfig, SpanDraws, TrainingClips, collate_clips, training_clips
+from speechkd.data.encoder_clips import (
+    ClipSet,
+    DataConfig,
+    SpanDraws,
+    TrainingClips,
+    clip_sets,
+    collate_clips,
+    training_clips,
+)
 from speechkd.data.mini_superb import ProbeConfig
+from speechkd.features_store import open_states
 from speechkd.files import atomic_folder, write_json
+from speechkd.frame_encoders import FrameEncoder, frame_encoder
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads, colld_layers
 from speechkd.model_card import card_head, data_section, licence_section, teacher_section, training_section
 from speechkd.models.distilhubert import CompactStudent, check_target_layers, compact_encoder
@@ -43,6 +54,8 @@ class TeacherConfig:
         window_seconds: of a Whisper, the longest clip that it is to hear instead of 30 s; null for 30 s and others.
         grid_seconds: of a Whisper; it and the student compute a batch on its longest clip, rounded up to a multiple of
             this; null for the whole window and others.
+        states_dir: folder of the label stores of its target layers, which `store_states.py` makes; null runs it in
+            each step.
         dtype: in which it computes, whatever the student does.
         dropout: leave its dropouts on, as the published code of DistilHuBERT does by accident.
         license: licence of its weights, for the student's model card.
@@ -52,9 +65,17 @@ class TeacherConfig:
     layers: list[int] | None = None
     window_seconds: int | None = None
     grid_seconds: float | None = None
+    states_dir: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     dropout: bool = False
     license: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dropout and self.states_dir is not None:
+            raise ValueError(
+                f"teacher.dropout draws new targets in every step, and teacher.states_dir={self.states_dir} keeps one "
+                "for each frame; leave one of the two out"
+            )
 
 
 @dataclass(kw_only=True)
@@ -114,6 +135,48 @@ class DistilHubertConfig:
                 "layers, such as [4, 8, 12] of HuBERT Base, and colld takes null"
             )
         self.trainer.follow_data(self.data.num_workers, self.data.dev_manifest)
+
+
+def load_teacher(config: DistilHubertConfig) -> tuple[PreTrainedModel, bool]:
+    """The deep encoder, frozen, and whether it expects waveforms of mean 0 and variance 1."""
+    teacher, normalize_input = load_encoder(
+        config.teacher.name,
+        dtype=getattr(torch, config.teacher.dtype),
+        window_seconds=config.teacher.window_seconds,
+    )
+    return freeze(teacher), normalize_input
+
+
+def stored_teacher(
+    config: DistilHubertConfig, teacher: PreTrainedModel, normalize_input: bool, layers: Sequence[int]
+) -> FrameEncoder:
+    """The teacher as `teacher.states_dir` keeps it: these layers of each clip alone."""
+    return frame_encoder(
+        config.teacher.name,
+        teacher,
+        normalize_input,
+        layers=layers,
+        grid_seconds=config.teacher.grid_seconds,
+        device=config.trainer.device,
+    )
+
+
+def add_states(clips: ClipSet, encoder: FrameEncoder, config: DistilHubertConfig) -> None:
+    """Give clips the states that are stored of them.
+
+    Raises:
+        ValueError: some have none, or are longer than `data.crop_seconds`.
+    """
+    longest, crop = float(clips.manifest.durations_seconds.max()), config.data.crop_seconds
+    if longest > crop:
+        raise ValueError(
+            f"teacher.states_dir keeps states of whole clips, and the longest of {clips.manifest.path} has "
+            f"{longest:.1f} s, which data.crop_seconds={crop:g} would crop; raise it, or set teacher.states_dir to null"
+        )
+    try:
+        clips.states = open_states(encoder, clips.manifest, str(config.teacher.states_dir)).arrays
+    except ValueError as error:
+        raise ValueError(f"{error}: python recipes/distilhubert/store_states.py makes teacher.states_dir") from error
 
 
 def build_student(
@@ -196,6 +259,7 @@ def describe_run(
         "title": f"compact encoder {Path(config.trainer.output_dir).name}",
         "teacher": identity,
         "teacher_layers": layers,
+        "teacher_states": "live" if config.teacher.states_dir is None else "stored in float16",
         "grid_seconds": config.teacher.grid_seconds,
         "encoder_layers": len(encoder_layers(encoder)),
         "is_whisper": student.inputs.kind == "whisper",
@@ -243,10 +307,8 @@ def save_student(student: CompactStudent, run: dict[str, Any], output_dir: Path)
 def build_trainer(config: DistilHubertConfig) -> tuple[DistillationTrainer, dict[str, Any]]:
     """Everything of a run before its first step: the trainer, and the facts for `run.json`."""
     set_seed(config.trainer.seed)
-    name, dtype, window = config.teacher.name, getattr(torch, config.teacher.dtype), config.teacher.window_seconds
-    teacher, normalize_input = load_encoder(name, dtype=dtype, window_seconds=window)
-    freeze(teacher)
-    identity = teacher_identity(name, teacher)
+    teacher, normalize_input = load_teacher(config)
+    identity = teacher_identity(config.teacher.name, teacher)
     student, layers = build_student(config, teacher, normalize_input)
     frames = SharedFrames(student.inputs, EncoderInputs(teacher, normalize_input=normalize_input))
     loss, spans = config.loss, None
@@ -254,9 +316,14 @@ def build_trainer(config: DistilHubertConfig) -> tuple[DistillationTrainer, dict
         spans = SpanDraws(frames, loss.span_start_probability, loss.span_frames)
     shortest = max(inputs.receptive_field_samples for inputs in (frames.student, frames.teacher))
     clips = training_clips(config.data, config.trainer, shortest_samples=shortest, window=student.inputs.window)
+    is_stored = config.teacher.states_dir is not None
+    if is_stored:
+        encoder = stored_teacher(config, teacher, normalize_input, layers)
+        for part in clip_sets(clips.train_set, clips.dev_set):
+            add_states(part, encoder, config)
     trainer = DistillationTrainer(
         student,
-        teacher,
+        None if is_stored else teacher,
         args=config.trainer,
         train_dataset=clips.train_set,
         collate=partial(collate_clips, window=student.inputs.window, spans=spans),

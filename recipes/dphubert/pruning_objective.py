@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from speechkd.data.audio import pcm16_to_float
 from speechkd.losses.hidden import CosineForm
 from speechkd.losses.layerwise import Distance, distilhubert_terms
-from speechkd.models.encoder_inputs import EncoderInputs, align_frames
+from speechkd.models.encoder_inputs import EncoderInputs, align_frames, as_dtype
 from speechkd.models.pruning import GatedEncoder, layer_states, target_sparsity
 from speechkd.trainer import Batch
 
@@ -97,9 +97,9 @@ def loss_terms(
     num_samples = torch.tensor(batch["num_samples"])  # on the CPU, where the checks of lengths wait for no device
     heard = inputs(pcm16_to_float(batch["waveforms"]), num_samples)
     with torch.no_grad(), torch.autocast(batch["waveforms"].device.type, enabled=False):
-        targets = layer_states(teacher, weights.layers, **_as_dtype(heard, teacher.dtype))
+        targets = layer_states(teacher, weights.layers, **as_dtype(heard, teacher.dtype))
     has_gates = isinstance(model, GatedEncoder)
-    states = layer_states(model if has_gates else model.encoder, weights.layers, **_as_dtype(heard, model.dtype))
+    states = layer_states(model if has_gates else model.encoder, weights.layers, **as_dtype(heard, model.dtype))
     frames = inputs.num_frames(num_samples)
     predictions, targets, inside = align_frames(model.projections(states), targets, frames, frames, num_samples)
     distance, cosine = distilhubert_terms(
@@ -130,7 +130,3 @@ def count_items(batch: Batch, *, inputs: EncoderInputs, num_layers: int) -> Tens
         num_layers: that are compared.
     """
     return inputs.num_frames(torch.tensor(batch["num_samples"])).sum() * num_layers
-
-
-def _as_dtype(heard: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in heard.items()}

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
@@ -80,6 +81,8 @@ class DataConfig:
 class ClipSet(Dataset):
     """Items are dicts with `id`, `duration_seconds` (after cropping), `waveform`, (samples,), int16, and `spans_seed`.
 
+    With `states`, by id the teacher's states of whole clips, (layers, frames, width), they have those too.
+
     Args:
         manifest: the utterances of the items, one each.
         crop_seconds: see `DataConfig`.
@@ -89,6 +92,7 @@ class ClipSet(Dataset):
 
     def __init__(self, manifest: Manifest, crop_seconds: float, *, shortest_samples: int = 1, seed: int = 0) -> None:
         self.manifest, self.seed, self.epoch = manifest, seed, 0
+        self.states: Mapping[str, Tensor] | None = None
         self.max_samples, self.shortest_samples = round(crop_seconds * SAMPLE_RATE_HZ), shortest_samples
 
     def __len__(self) -> int:
@@ -112,12 +116,13 @@ class ClipSet(Dataset):
             start = utterance_random(self.seed, self.epoch, key, "crop").randint(0, spare)
             waveform = waveform[start : start + self.max_samples]
         waveform = F.pad(waveform, (0, max(0, self.shortest_samples - len(waveform))))
-        return {
+        item = {
             "id": key,
             "duration_seconds": len(waveform) / SAMPLE_RATE_HZ,
             "waveform": waveform,
             "spans_seed": utterance_seed(self.seed, self.epoch, key, "spans"),
         }
+        return item if self.states is None else {**item, "states": self.states[key]}
 
 
 class JoinedClips(Mixture):
@@ -127,6 +132,14 @@ class JoinedClips(Mixture):
     def durations_seconds(self) -> np.ndarray:
         """Of each item, after cropping, (items,)."""
         return np.concatenate([clips.durations_seconds for clips in self.datasets])  # type: ignore[attr-defined]
+
+
+def clip_sets(*sets: ClipSet | JoinedClips | None) -> list[ClipSet]:
+    """The sets of single manifests that these are made of."""
+    parts: list[Any] = []
+    for clips in filter(None, sets):
+        parts += clips.datasets if isinstance(clips, JoinedClips) else [clips]
+    return parts
 
 
 @dataclass(frozen=True)
@@ -168,19 +181,25 @@ def collate_clips(
 
     Returns:
         `ids`, `waveforms`, (batch, samples), int16, zero-padded, the list `num_samples`, with `spans` also `masked`,
-        (batch, frames), bool, and for the log `audio_seconds` and `padded_seconds`.
+        (batch, frames), bool, of items with states `states`, (batch, layers, frames, width), zero-padded, and for the
+        log `audio_seconds` and `padded_seconds`.
     """
     waveforms, num_samples = pad_waveforms([item["waveform"] for item in items], grid_samples=1)
     longest_seconds = np.array([waveforms.shape[1] / SAMPLE_RATE_HZ])
     heard_seconds = longest_seconds if window is None else window.heard_seconds(longest_seconds)
-    batch = {
+    batch: dict[str, Any] = {
         "ids": [item["id"] for item in items],
         "waveforms": waveforms,
         "num_samples": num_samples.tolist(),
         "audio_seconds": sum(item["duration_seconds"] for item in items),
         "padded_seconds": len(items) * heard_seconds.item(),
     }
-    return batch if spans is None else {**batch, "masked": spans(items)}
+    if spans is not None:
+        batch["masked"] = spans(items)
+    if "states" in items[0]:
+        states = [item["states"].transpose(0, 1) for item in items]
+        batch["states"] = pad_sequence(states, batch_first=True).transpose(1, 2)
+    return batch
 
 
 def check_ids(manifests: Sequence[Manifest]) -> None:

@@ -1,6 +1,7 @@
 """Speech encoders in formats that run without speechkd: Hugging Face, ONNX and `torch.export`."""
 
 import copy
+import logging
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -11,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from speechkd.data.features import padding_mask
+from speechkd.data.features import SAMPLE_RATE_HZ, padding_mask
+from speechkd.data.hub import read_utterances
+from speechkd.data.loader import clip_batches
 from speechkd.export.encoder_runtime import (
     GRAPH_FRAMES,
     ONNX_DATA_FILE,
@@ -29,9 +33,13 @@ from speechkd.export.encoder_runtime import (
 from speechkd.export.onnx import BATCH, _require, _save, _to_onnx, quantize_weights
 from speechkd.export.transcribers import EXPORT_FILE, read_export
 from speechkd.files import atomic_folder, write_json
+from speechkd.frame_encoders import MAX_CLIP_SECONDS
+from speechkd.models.encoder_inputs import EncoderInputs
 from speechkd.models.pruned_encoder import PrunedEncoderModel
 from speechkd.models.speech_encoders import feature_extractor, load_encoder, save_encoder
 from speechkd.teachers import teacher_identity
+
+logger = logging.getLogger(__name__)
 
 EncoderFormat = Literal["huggingface", "onnx", "torch_export"]
 PRECISIONS: dict[EncoderFormat, tuple[str, ...]] = {
@@ -54,6 +62,8 @@ def export_encoder(
     precision: str = "float32",
     *,
     normalize_input: bool = False,
+    manifest_path: str | Path | None = None,
+    max_clips: int = 20,
 ) -> dict[str, Any]:
     """Write an encoder in another format, for any batch and length, and compare its states with PyTorch's.
 
@@ -72,6 +82,8 @@ def export_encoder(
             Convolutions stay in float32, because ONNX Runtime runs int8 ones more slowly.
         normalize_input: of an encoder that is given as such, whether it expects waveforms of mean 0 and variance 1; a
             folder says so itself.
+        manifest_path: clips on which to compare too; None compares on noise alone.
+        max_clips: only the first so many of them.
 
     Returns:
         Content of `export.json`, `output_dir` and `size_megabytes`.
@@ -122,6 +134,9 @@ def export_encoder(
         write_json(written / EXPORT_FILE, export)  # the runner reads it
         runner = load_encoder_runner(str(written))
         export["parity"] = check_encoder_parity(reference, runner)
+        if manifest_path is not None:
+            inputs = EncoderInputs(encoder, normalize_input=normalize_input)
+            export["parity"].append(compare_on_clips(reference, runner, inputs, manifest_path, max_clips=max_clips))
         write_json(written / EXPORT_FILE, export)
     size_bytes = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
     return {"output_dir": str(output_dir), "size_megabytes": size_bytes / 1e6} | export
@@ -172,6 +187,58 @@ def check_encoder_parity(reference: EncoderRunner, exported: EncoderRunner) -> l
             )
         results.append({"batch": batch, "length": length, "max_difference": difference, "mean_cosine": cosine})
     return results
+
+
+def compare_on_clips(
+    reference: EncoderRunner,
+    exported: EncoderRunner,
+    inputs: EncoderInputs,
+    manifest_path: str | Path,
+    *,
+    max_clips: int = 20,
+) -> dict[str, Any]:
+    """Compare states on real clips, one at a time.
+
+    Args:
+        reference: of the model in float32 PyTorch.
+        exported: of the export.
+        inputs: of the model.
+        manifest_path: the clips; those that cannot be decoded, or do not fit, are named in the log and left out.
+        max_clips: only the first so many.
+
+    Returns:
+        `manifest`, `clips`, and over all their frames `max_difference` and `mean_cosine`.
+
+    Raises:
+        ValueError: `max_clips` is below 1, or no clip is left.
+    """
+    if max_clips < 1:
+        raise ValueError(f"max_clips must be 1 or more, got {max_clips}")
+    manifest = read_utterances(manifest_path)
+    manifest = manifest.select(range(min(max_clips, len(manifest))))
+    longest = MAX_CLIP_SECONDS if inputs.window is None else inputs.window.seconds
+    batches = clip_batches(
+        manifest, range(len(manifest)), sample_rate_hz=SAMPLE_RATE_HZ, batch_size=1, max_seconds=longest
+    )
+    cosines, differences = [], []
+    for batch in tqdm(batches, total=len(manifest), desc="parity", unit="clip"):
+        for skipped in batch.skipped:
+            logger.warning("%s", skipped["reason"])
+        for waveform in batch.waveforms:
+            num_samples = torch.tensor([len(waveform)])
+            values = inputs(waveform[None], num_samples)[reference.input.name]
+            frames = int(inputs.num_frames(num_samples))
+            expected, found = (runner(values)[0, :frames] for runner in (reference, exported))
+            cosines.append(F.cosine_similarity(found, expected, dim=-1))
+            differences.append(float((found - expected).abs().max()))
+    if not cosines:
+        raise ValueError(f"none of the {len(manifest)} clips of {manifest_path} could be used; see the log")
+    return {
+        "manifest": str(manifest_path),
+        "clips": len(cosines),
+        "max_difference": max(differences),
+        "mean_cosine": float(torch.cat(cosines).mean()),
+    }
 
 
 def _noise(spec: EncoderInput, batch: int, length: int, shortest: int) -> tuple[Tensor, Tensor | None]:

@@ -16,8 +16,9 @@ from speechkd.data.features import SAMPLE_RATE_HZ
 from speechkd.data.hub import read_utterances
 from speechkd.data.loader import clip_batches, report_skipped
 from speechkd.data.manifest import Manifest
-from speechkd.features_store import Clip, FrameEncoder, clip_groups, load_frame_encoder
+from speechkd.features_store import Clip, clip_groups
 from speechkd.files import folder_lock, write_json
+from speechkd.frame_encoders import FrameEncoder, load_frame_encoder
 from speechkd.labels.mvq_codes import mvq_header, mvq_key
 from speechkd.labels.pseudo_label import ShardWriter, pending_positions
 from speechkd.labels.teacher_cache import LabelStore, create_store

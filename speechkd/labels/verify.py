@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from speechkd.data.hub import read_utterances
-from speechkd.features_store import load_frame_encoder
 from speechkd.files import folder_lock, read_jsonl, write_jsonl
+from speechkd.frame_encoders import load_frame_encoder
 from speechkd.labels.decoder_state_labels import decoder_states_key, is_decoder_states
 from speechkd.labels.mvq_codes import is_codes, mvq_key
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, check_teacher, create_store

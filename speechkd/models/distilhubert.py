@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from speechkd.losses.layers import stack_layers
 from speechkd.losses.layerwise import LayerProjections, PredictionHeads
-from speechkd.models.encoder_inputs import EncoderInputs, encoder_layers, encoder_output
+from speechkd.models.encoder_inputs import EncoderInputs, as_dtype, encoder_layers, encoder_output
 from speechkd.models.speech_encoders import save_encoder
 from speechkd.models.thinner_encoder import fitted_weights, set_widths
 
@@ -135,7 +135,7 @@ def teacher_targets(
     teacher.eval()
     try:
         encoder_layers(teacher).train(dropout)
-        states = encoder_output(teacher, _as_dtype(inputs, teacher.dtype)).hidden_states
+        states = encoder_output(teacher, as_dtype(inputs, teacher.dtype)).hidden_states
     finally:
         teacher.eval()
     return stack_layers(states, layers)
@@ -212,7 +212,7 @@ class CompactStudent(PreTrainedModel):
                     raise ValueError("masked frames need a vector in their place, but mask_spans=False; set it to True")
                 hide = partial(_hide, masked=masked, vector=vector, is_convolution=projection is front)
                 hooks.callback(projection.register_forward_hook(lambda *call: hide(call[-1])).remove)
-            output = encoder_output(self.encoder, _as_dtype(inputs, self.dtype))
+            output = encoder_output(self.encoder, as_dtype(inputs, self.dtype))
         # the last is taken after the norm that some encoders end with, so that it learns too
         return self.heads((*output.hidden_states[:-1], output.last_hidden_state))
 
@@ -262,7 +262,3 @@ def _hide(output: Any, masked: Tensor, vector: Tensor, is_convolution: bool) -> 
         masked, vector = masked.transpose(1, 2), vector[:, None]
     states = torch.where(masked, vector, states)
     return (states, *output[1:]) if isinstance(output, tuple) else states
-
-
-def _as_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}

@@ -153,6 +153,11 @@ class EncoderInputs(nn.Module):
         return {"input_features": stacked * mask[..., None], "attention_mask": mask}
 
 
+def as_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of `EncoderInputs` in the dtype of an encoder; masks stay as they are."""
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+
 def encoder_output(encoder: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
     """Output of an encoder with `hidden_states`; a Whisper may hear less than its window.
 
