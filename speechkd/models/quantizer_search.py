@@ -1,9 +1,10 @@
 """Search for the entries of joint codebooks whose sum is near a frame."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-SEARCH_BYTES = 128 * 2**20  # of a chunk of frames in the search
+SEARCH_BYTES = 32 * 2**20  # of a chunk of frames in the search
 MAX_KEPT = 128
 
 
@@ -75,9 +76,9 @@ def _refine(frames: Tensor, codes: Tensor, centers: Tensor, squares: Tensor, kee
         if num_choices == 1:
             return chosen[:, 0, 0]
         if deltas is None:  # what is not kept is never made
-            deltas = centers[books[:, None], kept] - current[:, :, None]
+            deltas = centers[books[:, None], kept].sub_(current[:, :, None])
         else:
-            deltas = _pick(deltas[:, 0::2], first) + _pick(deltas[:, 1::2], second)
+            deltas = _sum_pairs(deltas, first, second)
         scores = scores.gather(-1, kept)
         even, odd = scores[:, 0::2, :, None], scores[:, 1::2, None, :]
         crossed = torch.matmul(deltas[:, 0::2], deltas[:, 1::2].transpose(-1, -2))
@@ -88,6 +89,21 @@ def _refine(frames: Tensor, codes: Tensor, centers: Tensor, squares: Tensor, kee
 def _pick(values: Tensor, positions: Tensor) -> Tensor:
     """Values (frames, choices, candidates, width) of these candidates, (frames, choices, kept)."""
     return values.gather(2, positions[..., None].expand(-1, -1, -1, values.shape[-1]))
+
+
+def _sum_pairs(deltas: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Deltas of neighbouring choices together, (frames, choices / 2, kept, dim), without a copy of either.
+
+    Args:
+        deltas: (frames, choices, candidates, dim).
+        first: candidates of the even choices, (frames, choices / 2, kept).
+        second: of the odd ones.
+    """
+    num_frames, num_choices, num_candidates, dim = deltas.shape
+    starts = num_candidates * torch.arange(num_frames * num_choices, device=deltas.device)
+    starts = starts.view(num_frames, num_choices, 1)
+    pairs = torch.stack([starts[:, 0::2] + first, starts[:, 1::2] + second], dim=-1)
+    return F.embedding_bag(pairs.view(-1, 2), deltas.view(-1, dim), mode="sum").view(*first.shape, dim)
 
 
 def _num_kept(codebook_size: int, per_choice: int) -> int:
