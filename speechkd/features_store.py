@@ -119,7 +119,7 @@ def store_states(
         manifest: the clips.
         features_dir: see `features_folder`.
         mean: keep the mean over frames alone.
-        batch_size: clips encoded together. Of encoders that would hear the padding these are clips of one length.
+        batch_size: clips encoded together, see `FrameEncoder.hears_alike`.
         num_workers: processes that decode audio.
         max_skipped_fraction: share of clips that may be skipped, 0 to 1.
         device: where the encoder is.
@@ -206,7 +206,7 @@ def clip_groups(
                 )
                 skipped.append(skipped_row(utterance, reason))
                 continue
-            if len(group) == batch_size or (group and not encoder.pads and len(waveform) != len(group[0][1])):
+            if len(group) == batch_size or (group and not encoder.hears_alike(len(waveform), len(group[0][1]))):
                 yield group, skipped
                 group, skipped = [], []
             group.append((utterance, waveform))

@@ -18,6 +18,7 @@ from speechkd.data.features import (
     SAMPLES_PER_POSITION,
     KaldiFbank,
     WhisperLogMel,
+    WhisperWindow,
     normalize_waveforms,
     padding_mask,
 )
@@ -48,7 +49,7 @@ class FrameEncoder:
         frames_per_second: to foresee the disk space.
         min_samples: the shortest clip that has a frame.
         max_seconds: the longest clip.
-        pads: whether clips of different lengths may stand in one batch.
+        pads: whether clips of different lengths may stand in one batch, unless there is a grid.
         encode: from 16 kHz waveforms (batch, samples) and lengths (batch,) to states (batch, layers, frames, width)
             and frames of each clip (batch,).
         layers: which states these are, 0 what the first block hears; None for all.
@@ -66,12 +67,20 @@ class FrameEncoder:
     layers: tuple[int, ...] | None = None
     grid_seconds: float | None = None
 
+    def hears_alike(self, num_samples: int, others: int) -> bool:
+        """Whether clips of these lengths at 16 kHz may stand in one batch: each is then heard as it is alone."""
+        if self.grid_seconds is None:
+            return self.pads or num_samples == others
+        grid_samples = round(self.grid_seconds * SAMPLE_RATE_HZ)
+        return -(-num_samples // grid_samples) == -(-others // grid_samples)
+
 
 def load_frame_encoder(
     name: str,
     *,
     fresh_seed: int | None = None,
     window_seconds: int | None = None,
+    grid_seconds: float | None = None,
     device: torch.device | str = "cpu",
 ) -> FrameEncoder:
     """An encoder for probing, its export, or Kaldi's filter banks under the name "log-mel".
@@ -84,6 +93,7 @@ def load_frame_encoder(
         fresh_seed: take new weights in the same configuration, as `compact_encoder` makes them or the class of a pruned
             encoder; None keeps them.
         window_seconds: of a Whisper, to which clips are padded, if its own is not shorter; None keeps its own.
+        grid_seconds: of a Whisper, which then hears batches up to their longest clip, see `WhisperWindow`.
         device: where it runs.
 
     Raises:
@@ -96,7 +106,7 @@ def load_frame_encoder(
     if (read_export(name) or {}).get("format", "huggingface") != "huggingface":
         if fresh_seed is not None:
             raise ValueError(f"{name} is an export, whose weights are fixed; give the model that it was made of")
-        return _exported_encoder(name, window_seconds)
+        return _exported_encoder(name, window_seconds, grid_seconds)
     # a checkpoint without the vector that SpecAugment writes gets a random one: it must not change the identity
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(fresh_seed or 0)
@@ -108,7 +118,9 @@ def load_frame_encoder(
             own_seconds = encoder.config.max_source_positions * SAMPLES_PER_POSITION / SAMPLE_RATE_HZ
             if window_seconds < own_seconds:
                 shorten_encoder(encoder, window_seconds)
-    return frame_encoder(name, encoder, normalize_input, device=device)
+    if encoder.config.model_type != "whisper":
+        grid_seconds = None
+    return frame_encoder(name, encoder, normalize_input, grid_seconds=grid_seconds, device=device)
 
 
 def frame_encoder(
@@ -157,7 +169,7 @@ def frame_encoder(
     )
 
 
-def _exported_encoder(folder: str, window_seconds: int | None) -> FrameEncoder:
+def _exported_encoder(folder: str, window_seconds: int | None, grid_seconds: float | None) -> FrameEncoder:
     runner, export = load_encoder_runner(folder), read_export(folder) or {}
     config: Any = AutoConfig.from_pretrained(folder)
     digest = hashlib.sha256()
@@ -168,11 +180,14 @@ def _exported_encoder(folder: str, window_seconds: int | None) -> FrameEncoder:
         own_seconds = runner.input.longest * HOP_LENGTH_SAMPLES / SAMPLE_RATE_HZ
         max_seconds = own_seconds if window_seconds is None else min(own_seconds, window_seconds)
         log_mel = WhisperLogMel(runner.input.mel_bins, max_seconds)
+        window = WhisperWindow(max_seconds, grid_seconds)
+    else:
+        grid_seconds = None
 
     def encode(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         device = waveforms.device
         if runner.input.mel_bins is not None:
-            states = runner(log_mel(waveforms.cpu()))
+            states = runner(log_mel(waveforms.cpu())[..., : 2 * int(window.num_positions(num_samples).max())])
             frames = (num_samples + SAMPLES_PER_POSITION - 1) // SAMPLES_PER_POSITION
         else:
             mask = padding_mask(num_samples, waveforms)
@@ -191,6 +206,7 @@ def _exported_encoder(folder: str, window_seconds: int | None) -> FrameEncoder:
         max_seconds=max_seconds,
         pads=getattr(config, "feat_extract_norm", "layer") != "group",
         encode=encode,
+        grid_seconds=grid_seconds,
     )
 
 

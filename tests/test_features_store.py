@@ -233,8 +233,8 @@ def test_new_weights_of_a_pruned_encoder_have_its_widths(tmp_path):
 def test_an_export_gives_the_last_states_of_its_encoder(save, tones, tmp_path):
     save(tmp_path / "model")
     export_encoder(str(tmp_path / "model"), tmp_path / "onnx", "onnx")
-    whole = load_frame_encoder(str(tmp_path / "model"), window_seconds=2)
-    export = load_frame_encoder(str(tmp_path / "onnx"), window_seconds=2)
+    whole = load_frame_encoder(str(tmp_path / "model"), window_seconds=2, grid_seconds=0.2)
+    export = load_frame_encoder(str(tmp_path / "onnx"), window_seconds=2, grid_seconds=0.2)
     assert (export.num_layers, export.width) == (1, whole.width)
     assert (export.max_seconds, export.min_samples, export.pads) == (whole.max_seconds, whole.min_samples, whole.pads)
     assert export.identity["weights_sha256"] != whole.identity["weights_sha256"]
@@ -244,3 +244,16 @@ def test_an_export_gives_the_last_states_of_its_encoder(save, tones, tmp_path):
         torch.testing.assert_close(found.array(key), expected.array(key)[-1:], atol=2e-3, rtol=0)
     with pytest.raises(ValueError, match="is an export, whose weights are fixed"):
         load_frame_encoder(str(tmp_path / "onnx"), fresh_seed=0)
+
+
+def test_on_a_grid_a_clip_is_heard_as_alone_whatever_stands_beside_it(tones, tmp_path):
+    save_whisper(tmp_path / "model")
+    encoder = load_frame_encoder(str(tmp_path / "model"), window_seconds=2, grid_seconds=0.2)
+    assert encoder.hears_alike(3200, 1) and not encoder.hears_alike(3200, 3201)
+    manifest = read_manifest(tones)
+    together = store_states(encoder, manifest, tmp_path / "together")
+    for index, key in enumerate(manifest.ids):
+        alone = store_states(encoder, manifest.select([index]), tmp_path / f"alone-{index}")
+        torch.testing.assert_close(together.array(key), alone.array(key), atol=2e-3, rtol=0)
+    whole = store_states(load_frame_encoder(str(tmp_path / "model"), window_seconds=2), manifest, tmp_path / "whole")
+    assert whole.folder.parent.name != together.folder.parent.name

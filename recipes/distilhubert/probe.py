@@ -87,7 +87,7 @@ def probe_encoders(
     with folder_lock(output.parent):
         content = _open_results(output, settings)
         # all are loaded once before the first is probed: a wrong path is found now, not hours later
-        identities = {name: _load(source, None, device).identity["weights_sha256"] for name, source in encoders.items()}
+        identities = {name: _load(source, device).identity["weights_sha256"] for name, source in encoders.items()}
         for name, source in encoders.items():
             if content["encoders"].get(name, {}).get("weights_sha256") == identities[name]:
                 logger.info("%s: done before", name)
@@ -113,13 +113,13 @@ def _open_results(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _load(source: str, window_seconds: int | None, device: torch.device) -> FrameEncoder:
+def _load(source: str, device: torch.device, **whisper: Any) -> FrameEncoder:
     is_fresh = source.startswith(FRESH)
     return load_frame_encoder(
         source.removeprefix(FRESH),
         fresh_seed=FRESH_SEED if is_fresh else None,
-        window_seconds=window_seconds,
         device=device,
+        **whisper,
     )
 
 
@@ -134,12 +134,12 @@ def _probe(
 ) -> dict[str, Any]:
     """Facts and scores of one encoder."""
     started = time.perf_counter()
-    encoder = _load(source, None, device)
+    encoder = _load(source, device)
     stores = {}
     for kind, manifests in corpora.items():
-        # a Whisper hears short clips in a window of their own: in one of 30 s it would work on silence
-        has_window = encoder.max_seconds < MAX_CLIP_SECONDS
-        hearing = _load(source, fitting_window_seconds(manifests), device) if has_window else encoder
+        # a Whisper hears short clips and little silence behind them: in a window of 30 s it would work on nothing else
+        window = {"window_seconds": fitting_window_seconds(manifests), "grid_seconds": protocol.grid_seconds}
+        hearing = _load(source, device, **window) if encoder.max_seconds < MAX_CLIP_SECONDS else encoder
         stores[kind] = [
             store_states(hearing, manifest, features_dir, mean=kind == ORDERS, max_skipped_fraction=0.0, device=device)
             for manifest in manifests

@@ -59,6 +59,7 @@ class MiniProtocol:
             loss are long; the limit is SUPERB's.
         num_trials: of each fold of verification.
         queries_per_word: every other one of them is dev.
+        grid_seconds: of a Whisper, which hears a batch up to its longest clip, rounded up to a multiple of this.
     """
 
     labels: ProbeProtocol = ProbeProtocol(num_steps=1000, learning_rate=1e-3)
@@ -68,6 +69,7 @@ class MiniProtocol:
     )
     num_trials: int = 2000
     queries_per_word: int = 6
+    grid_seconds: float = 0.64
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ def main(argv: list[str] | None = None) -> None:
                 encoder,
                 read_utterances(source),
                 config.teacher.states_dir,
-                batch_size=1,  # a clip of a batch would hear silence up to the end of the longest
                 num_workers=data.num_workers,
                 max_skipped_fraction=data.max_skipped_fraction,
                 device=device,
