@@ -111,6 +111,35 @@ def dpkd(
     )
 
 
+def paired_kto(
+    student_chosen: Tensor,
+    student_rejected: Tensor,
+    teacher_chosen: Tensor,
+    teacher_rejected: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    reduction: PairReduction = "pair_mean",
+    num_items: Number = None,
+) -> Tensor:
+    """Mean of 1 - sigmoid(beta * (r+ - K-)) and 1 - sigmoid(beta * (K+ - r-)), bounded by 0 and 1.
+
+    Preference distillation of LLaVA-MoD, Shu et al. 2024, https://arxiv.org/abs/2408.15881, with the teacher as
+    reference: r+ and r- are how much likelier the student finds the chosen and the rejected text than the teacher does,
+    and K+ and K- the batch means of r+ and r-, or 0 where they are negative. The K are constants for the gradient, and
+    know only the pairs of this call, so parts of a batch do not add up to the whole. Log-probabilities are sums over
+    tokens.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}; 0.1 is usual")
+    pairs, mask = _scored_pairs(mask, student_chosen, student_rejected, teacher_chosen, teacher_rejected)
+    chosen, rejected = pairs[0] - pairs[2].detach(), pairs[1] - pairs[3].detach()
+    num_pairs = max(len(chosen), 1)
+    usual_chosen, usual_rejected = ((r.detach().sum() / num_pairs).clamp(min=0) for r in (chosen, rejected))
+    lost = torch.sigmoid(beta * (usual_rejected - chosen)) + torch.sigmoid(beta * (rejected - usual_chosen))
+    return reduce_pairs(0.5 * lost, mask, reduction, num_items)
+
+
 def plad_ranking(
     student_chosen: Tensor,
     student_rejected: Tensor,

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechkd.losses.contract import NEVER, Number, Reduction, kl_rows, reduce_rows
-from speechkd.losses.hidden import inner_products, scored_vectors, unit_vectors
+from speechkd.losses.contract import NEVER, Number, Reduction, as_float, kl_rows, reduce_rows
+from speechkd.losses.hidden import inner_products, position_mask, scored_vectors, unit_vectors
 
 SHORTEST = 1e-6  # distance that two vectors have at least, so that its square has 1e-12 as in the published code
 
@@ -200,3 +200,44 @@ def token_graph(
     loss = local_weight * kl_rows(log_p, log_q) + context_weight * context
     loss = loss - global_weight * contrast.log_softmax(dim=-1).diagonal()
     return reduce_rows(loss, mask, reduction, num_items)
+
+
+def rdist(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: Reduction = "token_mean",
+    num_items: Number = None,
+    normalize: bool = False,
+) -> Tensor:
+    """1 - cosine of the Gram matrices Y Y^T of an image's visual tokens, 0 to 1; blind to rotation and scale.
+
+    RDist of LLaVA-KD, Cai et al. 2024, https://arxiv.org/abs/2410.16236: weight 0.5, on the logits at the visual
+    positions. Unlike the other relations here, vectors are compared within their image alone, and the reduction is over
+    images: "token_mean" is their mean, "none" gives (images,). A cosine over a batch in one vector is another number.
+
+    Args:
+        student: (images, tokens, student_dim).
+        teacher: (images, tokens, teacher_dim).
+        mask: True on the tokens to compare, (images, tokens), bool; an image without any counts nothing.
+        reduction: see `contract.reduce_rows`.
+        num_items: divisor of a mean.
+        normalize: give each vector length 1 first, so that only angles count.
+
+    Returns:
+        0-dim, or (images,).
+    """
+    if student.ndim != 3 or student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be (images, tokens, dim) with "
+            "equal images and tokens; give both models the same image and towers with equal numbers of visual tokens"
+        )
+    mask = position_mask(mask, student)
+    student = as_float(student).masked_fill(~mask[..., None], 0.0)
+    teacher = teacher.detach().to(student.dtype).masked_fill(~mask[..., None], 0.0)
+    if normalize:
+        student, teacher = unit_vectors(student), unit_vectors(teacher)
+    ours, theirs = (unit_vectors(inner_products(vectors, vectors).flatten(1)) for vectors in (student, teacher))
+    counted = mask.any(dim=-1)
+    return reduce_rows(1 - (ours * theirs).sum(dim=-1)[counted], counted, reduction, num_items)
