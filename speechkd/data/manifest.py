@@ -105,20 +105,16 @@ def read_manifest(path: str | Path, max_problems_shown: int = MAX_PROBLEMS_SHOWN
     id_hashes: list[int] = []
     line_numbers: list[int] = []
     digest = hashlib.sha256(str(path).encode())
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         digest.update(line)
         utterance, line_problems = _parse_line(line, path.parent)
         problems += [f"{path}:{number}: {problem}" for problem in line_problems]
         if utterance is not None:
-            # 64-bit hashes, not strings: millions of ids stay small
-            id_hashes.append(int.from_bytes(hashlib.blake2b(utterance["id"].encode(), digest_size=8).digest(), "big"))
+            id_hashes.append(id_hash(utterance["id"]))
             line_numbers.append(number)
-    problems += _duplicate_ids(path, id_hashes, line_numbers)
+    problems += duplicate_ids(path, id_hashes, line_numbers)
     if problems:
-        shown = "\n".join(problems[:max_problems_shown])
-        hidden = len(problems) - max_problems_shown
-        more = f"\n... and {hidden} more" if hidden > 0 else ""
-        raise ManifestError(f"{len(problems)} problem(s) in manifest {path}:\n{shown}{more}")
+        raise ManifestError(all_problems(path, problems, max_problems_shown))
     if not line_numbers:
         raise ManifestError(
             f"manifest {path} holds no utterance; check the corpus folder and rerun its data_prep script"
@@ -129,6 +125,13 @@ def read_manifest(path: str | Path, max_problems_shown: int = MAX_PROBLEMS_SHOWN
         gen_kwargs={"path": path, "sha256": digest.hexdigest()},  # a changed file must not hit the Arrow cache
     )
     return Manifest(path, rows)
+
+
+def all_problems(path: Path, problems: list[str], max_shown: int = MAX_PROBLEMS_SHOWN) -> str:
+    """One message for all problems of a manifest."""
+    hidden = len(problems) - max_shown
+    more = f"\n... and {hidden} more" if hidden > 0 else ""
+    return f"{len(problems)} problem(s) in manifest {path}:\n" + "\n".join(problems[:max_shown]) + more
 
 
 def write_manifest(path: str | Path, utterances: Iterable[dict[str, Any]]) -> int:
@@ -154,7 +157,7 @@ def write_manifest(path: str | Path, utterances: Iterable[dict[str, Any]]) -> in
     return count
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines that are not blank, without the byte order mark that some editors write."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -166,6 +169,24 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse_line(line: bytes, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """One manifest line as a dict, or None, and what is wrong with it."""
+    utterance, problems = parse_object(line)
+    if utterance is None:
+        return None, problems
+    problems = _type_problems(utterance)
+    if problems:
+        return None, problems
+    problems = _range_problems(utterance)
+    try:
+        missing = _missing_audio(folder / utterance["audio"])
+        if missing:
+            problems.append(f"{_name(utterance)}: {missing}")
+    except OSError as error:  # a name that the file system cannot hold, a folder that may not be read
+        problems.append(f"{_name(utterance)}: audio={shown(utterance['audio'])} cannot be looked up ({error.strerror})")
+    return utterance, problems
+
+
+def parse_object(line: bytes) -> tuple[dict[str, Any] | None, list[str]]:
+    """The JSON object of a line, or None and what is wrong with the line."""
     try:
         utterance = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -177,19 +198,7 @@ def _parse_line(line: bytes, folder: Path) -> tuple[dict[str, Any] | None, list[
         return None, [f"not JSON that can be read ({error}); write one flat JSON object a line"]
     if not isinstance(utterance, dict):
         return None, [f"holds {type(utterance).__name__}, not a JSON object"]
-    problems = _type_problems(utterance)
-    if problems:
-        return None, problems
-    problems = _range_problems(utterance)
-    try:
-        missing = _missing_audio(folder / utterance["audio"])
-        if missing:
-            problems.append(f"{_name(utterance)}: {missing}")
-    except OSError as error:  # a name that the file system cannot hold, a folder that may not be read
-        problems.append(
-            f"{_name(utterance)}: audio={_shown(utterance['audio'])} cannot be looked up ({error.strerror})"
-        )
-    return utterance, problems
+    return utterance, []
 
 
 def utterance_problems(utterance: dict[str, Any]) -> list[str]:
@@ -198,7 +207,7 @@ def utterance_problems(utterance: dict[str, Any]) -> list[str]:
 
 
 def _name(utterance: dict[str, Any]) -> str:
-    return f"utterance {_shown(utterance['id'])}" if "id" in utterance else "utterance"
+    return f"utterance {shown(utterance['id'])}" if "id" in utterance else "utterance"
 
 
 def _type_problems(utterance: dict[str, Any]) -> list[str]:
@@ -207,13 +216,13 @@ def _type_problems(utterance: dict[str, Any]) -> list[str]:
     for field, value in utterance.items():
         expected = REQUIRED.get(field) or OPTIONAL.get(field)
         if expected is None:
-            problems.append(f"{name} has the unknown field {_shown(field)}; known are {', '.join(FIELDS)}")
+            problems.append(f"{name} has the unknown field {shown(field)}; known are {', '.join(FIELDS)}")
         elif not isinstance(value, expected) or isinstance(value, bool):  # type: ignore[arg-type]
-            problems.append(f"{name} has {field}={_shown(value)}, a {type(value).__name__} where another type belongs")
-        elif isinstance(value, str) and not _is_text(value):
-            problems.append(f"{name} has {field}={_shown(value)} with half a surrogate pair; write whole characters")
+            problems.append(f"{name} has {field}={shown(value)}, a {type(value).__name__} where another type belongs")
+        elif isinstance(value, str) and not is_text(value):
+            problems.append(f"{name} has {field}={shown(value)} with half a surrogate pair; write whole characters")
         elif field == "slots" and not all(map(_is_slot, value)):
-            problems.append(f"{name} has slots={_shown(value)}; each must hold the texts name and value, nothing else")
+            problems.append(f"{name} has slots={shown(value)}; each must hold the texts name and value, nothing else")
     return problems
 
 
@@ -221,12 +230,12 @@ def _range_problems(utterance: dict[str, Any]) -> list[str]:
     name, problems = _name(utterance), []
     duration, offset = _as_float(utterance["duration_seconds"]), _as_float(utterance.get("offset_seconds", 0.0))
     if not (math.isfinite(duration) and duration > 0):
-        problems.append(f"{name} has duration_seconds={_shown(utterance['duration_seconds'])}; it must be positive")
+        problems.append(f"{name} has duration_seconds={shown(utterance['duration_seconds'])}; it must be positive")
     if not (math.isfinite(offset) and offset >= 0):
-        problems.append(f"{name} has offset_seconds={_shown(utterance['offset_seconds'])}; it must be 0 or more")
+        problems.append(f"{name} has offset_seconds={shown(utterance['offset_seconds'])}; it must be 0 or more")
     if not 0 < utterance["sample_rate_hz"] <= MAX_SAMPLE_RATE_HZ:
         problems.append(
-            f"{name} has sample_rate_hz={_shown(utterance['sample_rate_hz'])}; it must be 1 to {MAX_SAMPLE_RATE_HZ}"
+            f"{name} has sample_rate_hz={shown(utterance['sample_rate_hz'])}; it must be 1 to {MAX_SAMPLE_RATE_HZ}"
         )
     return problems
 
@@ -245,14 +254,14 @@ def _missing_audio(path: Path) -> str | None:
     return None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for a message, shortened: it may be junk of any size and depth."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 100
     return short.repr(value)
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether this is a str that UTF-8 can hold."""
     try:
         return isinstance(value, str) and value.encode() is not None
@@ -261,7 +270,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_slot(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == {"name", "value"} and all(map(_is_text, value.values()))
+    return isinstance(value, dict) and set(value) == {"name", "value"} and all(map(is_text, value.values()))
 
 
 def _as_float(number: float) -> float:
@@ -272,7 +281,13 @@ def _as_float(number: float) -> float:
         return math.inf
 
 
-def _duplicate_ids(path: Path, id_hashes: list[int], line_numbers: list[int]) -> list[str]:
+def id_hash(name: str) -> int:
+    """64 bits instead of a string: millions of ids stay small."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def duplicate_ids(path: Path, id_hashes: list[int], line_numbers: list[int]) -> list[str]:
+    """What is wrong with lines that repeat an id, from the `id_hash` of each line."""
     hashes = np.asarray(id_hashes, dtype=np.uint64)
     order = np.argsort(hashes, kind="stable")
     repeats = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
@@ -281,7 +296,7 @@ def _duplicate_ids(path: Path, id_hashes: list[int], line_numbers: list[int]) ->
 
 
 def _rows(path: Path, sha256: str) -> Iterator[dict[str, Any]]:
-    for _, line in _lines(path):
+    for _, line in numbered_lines(path):
         utterance = dict.fromkeys(FIELDS) | json.loads(line)
         for field in ("duration_seconds", "offset_seconds"):
             if utterance[field] is not None:
