@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from speechkd.losses.logits import cross_entropy, forward_kl, reverse_kl, soft_cross_entropy
 from speechkd.losses.preference import ddpo, dpkd, paired_kto
-from speechkd.losses.relation import rdist
+from speechkd.losses.relation import fused_linear_rdist, rdist
 from speechkd.losses.routing import balance_loss, top_k_gates
 from speechkd.losses.weighting import UncertaintyWeights
 
@@ -157,6 +157,21 @@ def test_relations_are_float32_and_finite_on_bfloat16_logits():
     loss = rdist(student, (30 * torch.randn(2, 20, 300)).bfloat16())
     loss.backward()
     assert loss.dtype == torch.float32 and 0 <= loss.item() <= 1 and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_relations_of_logits_need_no_logits(normalize):
+    states = [tokens(3).requires_grad_(), tokens(3, dim=6, seed=1)]
+    heads = [tokens(1, 11, 4, seed=2)[0].requires_grad_(), tokens(1, 11, 6, seed=3)[0].requires_grad_()]
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [False] * 5])
+    plain = rdist(states[0] @ heads[0].T, states[1] @ heads[1].T, mask, normalize=normalize)
+    expected = torch.autograd.grad(plain, (states[0], heads[0]))
+    fused = fused_linear_rdist(states[0], heads[0], states[1], heads[1], mask, normalize=normalize)
+    torch.testing.assert_close(fused, plain)
+    fused.backward()
+    for tensor, gradient in zip((states[0], heads[0]), expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient)
+    assert heads[1].grad is None
 
 
 def test_unequal_numbers_of_visual_tokens_are_refused():

@@ -12,7 +12,7 @@ from speechkd.data.visual_sequences import SequenceFormat, collate, encode
 from speechkd.models.llava import (
     build_llava,
     check_pair,
-    last_states,
+    decoder_states,
     load_llava,
     load_vision_tower,
     num_visual_tokens,
@@ -63,7 +63,7 @@ def test_a_saved_model_is_a_stock_llava(model, rows, tmp_path):
     subprocess.run([sys.executable, "-c", code, *files], check=True, cwd=tmp_path)
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)
     batch = make_batch(model, [{**row, "conversation": row["conversation"][:2], "kinds": None}])
-    ours = model.lm_head(last_states(model, batch))
+    ours = model.lm_head(decoder_states(model, batch).last)
     torch.testing.assert_close(ours[:, : logits.shape[1]], logits, atol=1e-5, rtol=1e-4)
 
 
@@ -103,7 +103,7 @@ def test_a_pair_with_other_vocabularies_or_visual_tokens_is_refused(model):
 
 def test_independent_questions_equal_separate_passes(model, rows):
     batch = make_batch(model, [rows[i] for i in range(3)], independent=True)
-    together = model.lm_head(last_states(model, batch))
+    together = model.lm_head(decoder_states(model, batch).last)
     predicting = batch["labels"][:, 1:] != -100
     packed = together[:, :-1][predicting]
     singles = []
@@ -114,7 +114,7 @@ def test_independent_questions_equal_separate_passes(model, rows):
             turns = [{"from": "human", "value": f"<image>\n{text}"}, answer]
             single = make_batch(model, [{**row, "conversation": turns, "kinds": None}])
             assert single["attention_mask"].ndim == 2
-            logits = model.lm_head(last_states(model, single))
+            logits = model.lm_head(decoder_states(model, single).last)
             singles.append(logits[:, :-1][single["labels"][:, 1:] != -100])
     assert (packed - torch.cat(singles)).abs().max().item() < 1e-5
 
@@ -126,7 +126,7 @@ def test_a_dialogue_sees_what_was_said_before(model, rows):
     alone = make_batch(
         model, [{**row, "conversation": [{**first[0], "value": f"<image>\n{last[0]['value']}"}, last[1]]}]
     )
-    ends = [model.lm_head(last_states(model, batch))[0, -2] for batch in (whole, alone)]
+    ends = [model.lm_head(decoder_states(model, batch).last)[0, -2] for batch in (whole, alone)]
     assert (ends[0] - ends[1]).abs().max() > 1e-4
 
 
@@ -138,8 +138,8 @@ def test_text_alone_goes_through_and_padding_changes_nothing(model, rows):
     mixed = make_batch(model, [rows[0], text])
     length = alone["input_ids"].shape[1]
     for batch in (alone, mixed):
-        assert last_states(model, batch).isfinite().all()
-    torch.testing.assert_close(last_states(model, mixed)[1, :length], last_states(model, alone)[0])
+        assert decoder_states(model, batch).last.isfinite().all()
+    torch.testing.assert_close(decoder_states(model, mixed).last[1, :length], decoder_states(model, alone).last[0])
 
 
 @pytest.mark.parametrize("part", ["vision", "projector", "decoder"])
@@ -148,7 +148,7 @@ def test_a_part_alone_learns(rows, part):
     train_only(model, [part])
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    model.lm_head(last_states(model, make_batch(model, [rows[0]]))).logsumexp(-1).sum().backward()
+    model.lm_head(decoder_states(model, make_batch(model, [rows[0]])).last).logsumexp(-1).sum().backward()
     torch.optim.SGD(trained, lr=0.1).step()
     moved = {name for name, weight in model.state_dict().items() if not weight.equal(before[name])}
     prefix = {

@@ -228,6 +228,44 @@ def rdist(
     Returns:
         0-dim, or (images,).
     """
+    student, teacher, mask = _images(student, teacher, mask)
+    grams = [inner_products(vectors, vectors) for vectors in (student, teacher)]
+    return _gram_distance(grams[0], grams[1], mask, reduction, num_items, normalize)
+
+
+def fused_linear_rdist(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    reduction: Reduction = "token_mean",
+    num_items: Number = None,
+    normalize: bool = False,
+) -> Tensor:
+    """`rdist` of logits H W^T, from H (W^T W) H^T, so that no logits ever exist.
+
+    Args:
+        student_hidden: last states at visual positions, (images, tokens, student_dim).
+        student_weight: the student's head, (vocabulary, student_dim).
+        teacher_hidden: (images, tokens, teacher_dim).
+        teacher_weight: the teacher's head, (vocabulary, teacher_dim).
+        mask: see `rdist`, likewise the rest.
+
+    Returns:
+        0-dim, or (images,).
+    """
+    student_hidden, teacher_hidden, mask = _images(student_hidden, teacher_hidden, mask)
+    grams = []
+    for hidden, weight in ((student_hidden, student_weight), (teacher_hidden, teacher_weight.detach())):
+        columns = weight.to(hidden.dtype).transpose(0, 1)
+        grams.append(inner_products(inner_products(hidden, inner_products(columns, columns)), hidden))
+    return _gram_distance(grams[0], grams[1], mask, reduction, num_items, normalize)
+
+
+def _images(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors of images after all checks, with 0 where the mask is False."""
     if student.ndim != 3 or student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be (images, tokens, dim) with "
@@ -235,9 +273,19 @@ def rdist(
         )
     mask = position_mask(mask, student)
     student = as_float(student).masked_fill(~mask[..., None], 0.0)
-    teacher = teacher.detach().to(student.dtype).masked_fill(~mask[..., None], 0.0)
-    if normalize:
-        student, teacher = unit_vectors(student), unit_vectors(teacher)
-    ours, theirs = (unit_vectors(inner_products(vectors, vectors).flatten(1)) for vectors in (student, teacher))
+    return student, teacher.detach().to(student.dtype).masked_fill(~mask[..., None], 0.0), mask
+
+
+def _gram_distance(
+    ours: Tensor, theirs: Tensor, mask: Tensor, reduction: Reduction, num_items: Number, normalize: bool
+) -> Tensor:
+    """1 - cosine of matrices (images, tokens, tokens), of those of unit vectors with `normalize`."""
+    units = []
+    for gram in (ours, theirs):
+        if normalize:
+            squares = gram.diagonal(dim1=-2, dim2=-1)
+            norms = torch.where(squares > 0, squares, 1.0).sqrt()
+            gram = gram / (norms[..., None] * norms[..., None, :])
+        units.append(unit_vectors(gram.flatten(1)))
     counted = mask.any(dim=-1)
-    return reduce_rows(1 - (ours * theirs).sum(dim=-1)[counted], counted, reduction, num_items)
+    return reduce_rows(1 - (units[0] * units[1]).sum(dim=-1)[counted], counted, reduction, num_items)

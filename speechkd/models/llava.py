@@ -6,7 +6,7 @@ Liu et al. 2023, https://arxiv.org/abs/2310.03744; LLaVA-KD, Cai et al. 2024, ht
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,7 @@ def make_processor(
             f"the tokenizer's {IMAGE_PLACEHOLDER} is token {token}, the model's image token is "
             f"{model.config.image_token_id}; add it to the tokenizer, and build the model with its id"
         )
-    tower = model.config.vision_config
+    tower: Any = model.config.vision_config
     strategy = model.config.vision_feature_select_strategy
     patches = (tower.image_size // tower.patch_size) ** 2
     return LlavaProcessor(
@@ -184,7 +184,8 @@ def save_llava(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
 
 def image_pixels(model: LlavaForConditionalGeneration) -> int:
     """Side of the pictures that a model takes."""
-    return int(model.config.vision_config.image_size)
+    tower: Any = model.config.vision_config
+    return int(tower.image_size)
 
 
 @torch.no_grad()
@@ -246,18 +247,34 @@ def train_only(model: LlavaForConditionalGeneration, parts: Sequence[Part]) -> N
             module.requires_grad_(True)
 
 
-def last_states(model: LlavaForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
-    """The decoder's last states, (batch, tokens, width), which `lm_head` turns into logits.
+class DecoderStates(NamedTuple):
+    """What a decoder made of a batch.
+
+    Args:
+        last: its last states, (batch, tokens, width), which `lm_head` turns into logits.
+        projected: the projector's output, (images, visual tokens, width); None without a picture.
+    """
+
+    last: Tensor
+    projected: Tensor | None
+
+
+def decoder_states(model: LlavaForConditionalGeneration, batch: dict[str, Any]) -> DecoderStates:
+    """Run a model without its head.
 
     Args:
         model: a LLaVA.
         batch: of `visual_sequences.collate`.
     """
-    return model.model(
+    outputs = model.model(
         input_ids=batch["input_ids"],
         pixel_values=batch.get("pixel_values"),
         attention_mask=batch["attention_mask"],
         position_ids=batch["position_ids"],
         use_cache=False,
         return_dict=True,
-    ).last_hidden_state
+    )
+    pictures = outputs.image_outputs
+    return DecoderStates(
+        outputs.last_hidden_state, None if pictures is None else torch.stack(list(pictures.pooler_output))
+    )
