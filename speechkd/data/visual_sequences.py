@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -216,6 +217,11 @@ def block_positions(blocks: Tensor) -> Tensor:
     """Position of each token, (batch, tokens): every block begins where block 0 ends."""
     attended = block_attention(blocks)[:, 0].sum(dim=-1) - 1
     return attended.clamp(min=0)
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """True on tokens that predict a label, (batch, tokens): the one before each."""
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
 
 
 def answer_spans(labels: Tensor) -> list[tuple[int, int]]:
