@@ -43,7 +43,7 @@ class TowerConfig:
     hidden_size: int = 16
     num_layers: int = 1
     num_heads: int = 2
-    intermediate_size: int = 64
+    intermediate_size: int = 32
     image_size: int = 36
     patch_size: int = 12
     mean: float = 0.5
