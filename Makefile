@@ -12,8 +12,8 @@ install: .venv/.installed
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	pip install $(TORCH_PIP_ARGS) torch torchaudio
-	pip install -e ".[bundled,export,lora,ray,dev]"
+	pip install $(TORCH_PIP_ARGS) torch torchvision torchaudio
+	pip install -e ".[bundled,export,lora,open_clip,ray,dev]"
 	touch $@
 
 demo: install
