@@ -86,7 +86,7 @@ def evaluate_asr(
         raise ValueError(f"comparing with {compare_with} is a bootstrap; set num_resamples to 1 or more, 1000 is usual")
     output_dir = Path(output_dir)
     manifest = read_utterances(manifest_path)
-    references = _references(manifest, labels_dir)
+    references = read_references(manifest, labels_dir)
     groups = {field: _group_values(manifest, field) for field in group_by}
     baseline = None if compare_with is None else _baseline(compare_with, normalizer, references)
     store_dir = Path(decoded_dir or output_dir / "decoded")
@@ -110,6 +110,56 @@ def evaluate_asr(
             max_skipped_fraction=max_skipped_fraction,
             device=device,
         )
+    metrics, rows = transcript_scores(
+        store, manifest, references, normalizer, digit_errors=digit_errors, num_resamples=num_resamples
+    )
+    metrics |= {
+        "long_form": None if long_form is None else asdict(long_form),
+        "reference": "the teacher's transcripts" if reference == "teacher" else "the manifest's text",
+        "manifest": str(manifest_path),
+        "model": model_name,
+    }
+    if groups:
+        metrics.update(_group_tables(rows, groups, num_resamples))
+    if baseline is not None:
+        speakers = dict(zip(manifest.ids, manifest.rows["speaker"][:], strict=True))
+        metrics["comparison"] = _comparison(rows, baseline, str(compare_with), speakers, num_resamples)
+    if num_non_speech_clips:
+        metrics["non_speech"] = non_speech_output(
+            model_name,
+            output_dir / "non_speech",
+            decoding=decoding,
+            normalizer=normalizer,
+            num_clips=num_non_speech_clips,
+            device=device,
+        )
+    write_jsonl(output_dir / "hypotheses.jsonl", rows)
+    write_json(output_dir / "metrics.json", metrics)
+    return metrics
+
+
+def transcript_scores(
+    store: LabelStore,
+    manifest: Manifest,
+    references: dict[str, str],
+    normalizer: Normalizer,
+    *,
+    digit_errors: bool = False,
+    num_resamples: int = 1000,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Errors of transcripts that are in a label store, whoever wrote them.
+
+    Args:
+        store: rows with `id, text, duration_seconds, compute_seconds`.
+        manifest: the utterances to score.
+        references: what is said, by id; see `read_references`.
+        normalizer: applied to references and hypotheses before counting.
+        digit_errors: also count errors over single digits.
+        num_resamples: draws of the bootstrap behind the 95 % intervals; 0 leaves the intervals out.
+
+    Returns:
+        What `metrics.json` and `hypotheses.jsonl` hold of them; rates in percent, over corpus totals.
+    """
     decoded = {row["id"]: row for row in store.rows()}
     scored = [key for key in manifest.ids if key in decoded and key in references]
     texts, hypotheses = [references[key] for key in scored], [decoded[key]["text"] for key in scored]
@@ -129,11 +179,7 @@ def evaluate_asr(
         "audio_seconds": audio_seconds,
         "compute_seconds": compute_seconds,
         "rtfx": real_time_factor_inverse(compute_seconds, audio_seconds),
-        "long_form": None if long_form is None else asdict(long_form),
         "normalizer": normalizer,
-        "reference": "the teacher's transcripts" if reference == "teacher" else "the manifest's text",
-        "manifest": str(manifest_path),
-        "model": model_name,
         "weights_sha256": store.header["teacher"]["weights_sha256"],
     }
     if digit_errors:
@@ -146,22 +192,7 @@ def evaluate_asr(
     metrics |= asdict(error_kind_rates(rates)) | _hallucination_scores(rows, normalizer)
     speakers = dict(zip(manifest.ids, manifest.rows["speaker"][:], strict=True))
     metrics.update(_intervals(rows, speakers, num_resamples))
-    if groups:
-        metrics.update(_group_tables(rows, groups, num_resamples))
-    if baseline is not None:
-        metrics["comparison"] = _comparison(rows, baseline, str(compare_with), speakers, num_resamples)
-    if num_non_speech_clips:
-        metrics["non_speech"] = non_speech_output(
-            model_name,
-            output_dir / "non_speech",
-            decoding=decoding,
-            normalizer=normalizer,
-            num_clips=num_non_speech_clips,
-            device=device,
-        )
-    write_jsonl(output_dir / "hypotheses.jsonl", rows)
-    write_json(output_dir / "metrics.json", metrics)
-    return metrics
+    return metrics, rows
 
 
 def _warn_of_long_clips(manifest: Manifest) -> None:
@@ -185,7 +216,16 @@ def real_time_factor_inverse(compute_seconds: float, audio_seconds: float) -> fl
     return audio_seconds / compute_seconds
 
 
-def _references(manifest: Manifest, labels_dir: str | Path | None) -> dict[str, str]:
+def read_references(manifest: Manifest, labels_dir: str | Path | None = None) -> dict[str, str]:
+    """What is said, by utterance id.
+
+    Args:
+        manifest: the utterances.
+        labels_dir: label store whose transcripts are taken; None takes the manifest's text.
+
+    Raises:
+        ValueError: the manifest lacks a text.
+    """
     if labels_dir is not None:
         return {row["id"]: row["text"] for row in LabelStore(labels_dir).rows()}
     texts = manifest.rows["text"][:]
