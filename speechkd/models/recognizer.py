@@ -195,8 +195,9 @@ class RecognizerModel(PreTrainedModel):
         Raises:
             ValueError: see `ctc_loss` and `transducer_loss`.
         """
+        targets = [target.cpu() for target in targets]
         if self.config.head == "ctc":
-            return ctc_loss(self.ctc_logits(states), num_frames, [target.cpu() for target in targets])
+            return ctc_loss(self.ctc_logits(states), num_frames, targets)
         return transducer_loss(self.predictor, self.joiner, self.source(states), num_frames, targets)
 
 

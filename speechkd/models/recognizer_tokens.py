@@ -8,6 +8,7 @@ text = Tokens.load(folder).decode(numbers)
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -76,19 +77,26 @@ class Tokens:
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
 
+    @cached_property
+    def _known(self) -> set[str]:
+        return {character for symbol in self.tokenizer.get_vocab() for character in symbol} | {" "}
+
+    def unknown(self, text: str) -> list[str]:
+        """Characters of a text that the symbols cannot write."""
+        return sorted(set(get_normalizer(self.normalizer)(text)) - self._known)
+
     def encode(self, text: str) -> Tensor:
         """Numbers of the symbols of a text, (symbols,), int64; empty where the normaliser leaves nothing.
 
         Raises:
             ValueError: the text has a character that the symbols lack.
         """
-        normalized = get_normalizer(self.normalizer)(text)
-        known = {character for symbol in self.tokenizer.get_vocab() for character in symbol} | {" "}
-        if unknown := sorted(set(normalized) - known):
+        if unknown := self.unknown(text):
             raise ValueError(
                 f"characters {unknown} of {text!r} are not among the {len(self)} symbols; make the symbols of all "
                 "texts that are trained on"
             )
+        normalized = get_normalizer(self.normalizer)(text)
         return torch.tensor(self.tokenizer.encode(normalized).ids, dtype=torch.int64) + 1
 
     def decode(self, numbers: Sequence[int]) -> str:

@@ -1,0 +1,69 @@
+"""Run once what the training would run in every step: the teacher. Fit its quantizer where there is none.
+
+Launch: python recipes/mvq/encode_teacher.py --config FILE [--section.key value ...]
+Writes `teacher.quantizer_dir`, and the label stores of `teacher.codes_dir` or `teacher.states_dir`, as `loss.kd` wants;
+one that was begun is continued.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from speechkd.cli import run_command
+from speechkd.config import parse_config
+from speechkd.estimate import load_recipe, recipe_config_class
+from speechkd.labels.layer_states import label_states
+from speechkd.labels.mvq_labels import codes_summary, fit_quantizer, label_codes
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe = load_recipe(Path(__file__).with_name("train.py"))
+    config: Any = parse_config(recipe_config_class(recipe), argv)[0]
+    data, teacher, kd = config.data, config.teacher, config.loss.kd
+    if kd == "none":
+        logger.info("loss.kd=none: no teacher, nothing to encode")
+        return
+    options = {
+        "num_workers": data.num_workers,
+        "max_skipped_fraction": data.max_skipped_fraction,
+        "device": config.trainer.device,
+    }
+    if kd == "mvq" and not (Path(teacher.quantizer_dir) / "config.json").is_file():
+        fitted = fit_quantizer(
+            teacher.name,
+            teacher.layer,
+            data.train_manifest,
+            teacher.quantizer_dir,
+            config=config.quantizer.fit(),
+            max_frames=config.quantizer.max_frames,
+            **options,
+        )
+        logger.info(
+            "%s: quantizer %s, %d bytes a frame, relative error %.4f",
+            teacher.quantizer_dir,
+            fitted["id"],
+            fitted["bytes_per_frame"],
+            fitted["relative_errors"][-1],
+        )
+    folder = teacher.store_dir(kd)
+    if folder is None:
+        logger.info("no folder for the targets of %s: the teacher runs in every step", kd)
+        return
+    for split, source in (("train", data.train_manifest), ("dev", data.dev_manifest)):
+        if source is None:
+            continue
+        output_dir = Path(folder) / split
+        if kd == "mvq":
+            store = label_codes(teacher.name, [teacher.quantizer_dir], source, output_dir, **options)
+            facts = codes_summary(store)
+            logger.info("%s: %d bytes, a %d-th of float32", output_dir, facts["code_bytes"], facts["storage_ratio"])
+        else:
+            label_states(teacher.name, teacher.layer, source, output_dir, **options)
+            logger.info("%s: states of layer %d", output_dir, teacher.layer)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run_command(main)
