@@ -13,7 +13,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	pip install $(TORCH_PIP_ARGS) torch torchvision torchaudio
-	pip install -e ".[bundled,export,lora,open_clip,ray,dev]"
+	pip install -e ".[beam,bundled,export,lora,open_clip,ray,dev]"
 	touch $@
 
 demo: install
