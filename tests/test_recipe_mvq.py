@@ -22,6 +22,7 @@ from teacher_targets import FrameAlignment, Targets, TeacherConfig, collate_targ
 
 from speechkd.check_config import check_config
 from speechkd.config import parse_config
+from speechkd.data.augment import SpecAugmentConfig
 from speechkd.data.manifest import read_manifest, write_manifest
 from speechkd.estimate import load_recipe
 from speechkd.labels.filters import FilterConfig
@@ -289,8 +290,6 @@ def test_regression_ignores_missing_frames_and_is_computed_in_float32():
 
 
 def test_masks_are_on_what_the_student_hears_in_training_alone(place, tmp_path):
-    from speechkd.data.augment import SpecAugmentConfig
-
     batch, config = built(place, None, tmp_path)
     weights = LossConfig(kd="none")
     student = student_with(config, weights, None)
@@ -457,6 +456,18 @@ def test_baselines_train_in_the_same_recipe(kd, place, tmp_path):
     assert (tmp_path / "states").exists() == (kd != "none") and not (tmp_path / "codes").exists()
     if kd != "none":
         assert log_of(tmp_path / "run")[0][f"loss/{kd}"] > 0
+
+
+@pytest.mark.recipe
+def test_a_streaming_student_may_be_late(place, tmp_path):
+    more = ["--student.encoder=emformer", "--student.head=transducer", "--loss.delay_frames=2"]
+    argv = arguments(RECIPE / "fsdd.yaml", place, tmp_path, *more)
+    encode_teacher.main(argv)
+    train.main(argv)
+    facts = facts_of(tmp_path / "run")
+    assert (facts["encoder"], facts["head"]) == ("emformer", "transducer")
+    recognize.main([*argv, "--recognition.method=beam", "--recognition.beam_size=2"])
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["decoding"] == "beam-2"
 
 
 @pytest.mark.recipe

@@ -102,15 +102,12 @@ class Targets:
     def stored(self, utterance_id: str, num_frames: int, *, is_known: bool) -> dict[str, Tensor]:
         """Targets of one clip out of the store; all are missing where the store does not know it."""
         assert self.store is not None
+        shape = (num_frames, self.alignment.per_frame)
         if self.quantizer is not None:
-            empty = torch.zeros(0, self.quantizer.num_codebooks, dtype=torch.int64)
-            codes = read_codes(self.store, utterance_id, self.quantizer.id) if is_known else empty
             if not is_known:
-                width = self.alignment.per_frame * self.quantizer.num_codebooks
-                return {"codes": torch.full((num_frames, width), IGNORE_INDEX)}
-            return {"codes": self.alignment.codes(codes, num_frames)}
+                return {"codes": torch.full((num_frames, shape[1] * self.quantizer.num_codebooks), IGNORE_INDEX)}
+            return {"codes": self.alignment.codes(read_codes(self.store, utterance_id, self.quantizer.id), num_frames)}
         if not is_known:
-            shape = (num_frames, self.alignment.per_frame)
             return {"states": torch.zeros(*shape, self.width).half(), "states_mask": torch.zeros(shape).bool()}
         states, mask = self.alignment.states(read_states(self.store, utterance_id), num_frames)
         return {"states": states, "states_mask": mask}
