@@ -466,6 +466,8 @@ def test_a_streaming_student_may_be_late(place, tmp_path):
     train.main(argv)
     facts = facts_of(tmp_path / "run")
     assert (facts["encoder"], facts["head"]) == ("emformer", "transducer")
+    with pytest.raises(QuantizerError, match=f"quantizer {facts['quantizer']} in .* makes 2 bytes a frame, but .*=4"):
+        encode_teacher.main([*argv, "--quantizer.bytes_per_frame=4"])
     recognize.main([*argv, "--recognition.method=beam", "--recognition.beam_size=2"])
     assert json.loads((tmp_path / "run/metrics.json").read_text())["decoding"] == "beam-2"
 

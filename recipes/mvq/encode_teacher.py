@@ -14,8 +14,24 @@ from speechkd.config import parse_config
 from speechkd.estimate import load_recipe, recipe_config_class
 from speechkd.labels.layer_states import label_states
 from speechkd.labels.mvq_labels import codes_summary, fit_quantizer, label_codes
+from speechkd.models.quantizer import QuantizerError, load_quantizer
 
 logger = logging.getLogger(__name__)
+
+
+def check_size(folder: str, bytes_per_frame: int) -> None:
+    """Refuse a quantizer of another size than is asked for.
+
+    Raises:
+        QuantizerError: names its id and both sizes.
+    """
+    quantizer = load_quantizer(folder)
+    if quantizer.bytes_per_frame != bytes_per_frame:
+        raise QuantizerError(
+            f"quantizer {quantizer.id} in {folder} makes {quantizer.bytes_per_frame} bytes a frame, but "
+            f"quantizer.bytes_per_frame={bytes_per_frame}; set it to its own, or choose another teacher.quantizer_dir "
+            "and teacher.codes_dir"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             fitted["bytes_per_frame"],
             fitted["relative_errors"][-1],
         )
+    if kd == "mvq":
+        check_size(teacher.quantizer_dir, config.quantizer.bytes_per_frame)
     folder = teacher.store_dir(kd)
     if folder is None:
         logger.info("no folder for the targets of %s: the teacher runs in every step", kd)
