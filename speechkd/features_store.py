@@ -100,9 +100,25 @@ def features_folder(features_dir: str | Path, encoder: FrameEncoder, manifest: M
 
 
 def store_states(
+    encoder: FrameEncoder, manifest: Manifest, features_dir: str | Path, *, mean: bool = False, **options: Any
+) -> LabelStore:
+    """`fill_states` in the folder that `features_folder` names.
+
+    Args:
+        encoder: of `load_frame_encoder`.
+        manifest: the clips.
+        features_dir: see `features_folder`.
+        mean: keep the mean over frames alone.
+        options: of `fill_states`.
+    """
+    folder = features_folder(features_dir, encoder, manifest, mean=mean)
+    return fill_states(encoder, manifest, folder, mean=mean, **options)
+
+
+def fill_states(
     encoder: FrameEncoder,
     manifest: Manifest,
-    features_dir: str | Path,
+    folder: Path,
     *,
     mean: bool = False,
     batch_size: int = 8,
@@ -117,7 +133,7 @@ def store_states(
     Args:
         encoder: of `load_frame_encoder`.
         manifest: the clips.
-        features_dir: see `features_folder`.
+        folder: the label store; created or continued.
         mean: keep the mean over frames alone.
         batch_size: clips encoded together, see `FrameEncoder.hears_alike`.
         num_workers: processes that decode audio.
@@ -134,13 +150,13 @@ def store_states(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    folder = features_folder(features_dir, encoder, manifest, mean=mean)
     header = {
         "teacher": encoder.identity,
         "targets": ["hidden_states"],
         "hidden_states": {
             "layers": encoder.num_layers if encoder.layers is None else list(encoder.layers),
             "width": encoder.width,
+            "frame_rate_hz": encoder.frames_per_second,
             "dtype": "float16",
             "mean": mean,
             "max_seconds": encoder.max_seconds,

@@ -81,6 +81,7 @@ def load_frame_encoder(
     fresh_seed: int | None = None,
     window_seconds: int | None = None,
     grid_seconds: float | None = None,
+    layers: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> FrameEncoder:
     """An encoder for probing, its export, or Kaldi's filter banks under the name "log-mel".
@@ -94,10 +95,12 @@ def load_frame_encoder(
             encoder; None keeps them.
         window_seconds: of a Whisper, to which clips are padded, if its own is not shorter; None keeps its own.
         grid_seconds: of a Whisper, which then hears batches up to their longest clip, see `WhisperWindow`.
+        layers: of an encoder, see `frame_encoder`.
         device: where it runs.
 
     Raises:
-        ValueError: see `load_encoder` and `load_encoder_runner`, or new weights of log-mel or an export are asked for.
+        ValueError: see `load_encoder`, `frame_encoder` and `load_encoder_runner`, or new weights of log-mel or an
+            export are asked for.
     """
     if name == LOG_MEL:
         if fresh_seed is not None:
@@ -120,7 +123,7 @@ def load_frame_encoder(
                 shorten_encoder(encoder, window_seconds)
     if encoder.config.model_type != "whisper":
         grid_seconds = None
-    return frame_encoder(name, encoder, normalize_input, grid_seconds=grid_seconds, device=device)
+    return frame_encoder(name, encoder, normalize_input, layers=layers, grid_seconds=grid_seconds, device=device)
 
 
 def frame_encoder(
@@ -141,12 +144,21 @@ def frame_encoder(
         layers: which states, see `FrameEncoder`; None for all.
         grid_seconds: of a Whisper, see `WhisperWindow`; None pads clips to its window.
         device: where it runs.
+
+    Raises:
+        ValueError: the encoder lacks a layer.
     """
     config: Any = encoder.config
+    num_blocks = len(encoder_layers(encoder))
+    if wrong := [layer for layer in layers or () if not 0 <= layer <= num_blocks]:
+        raise ValueError(
+            f"layer {wrong[0]} is not one of 0 to {num_blocks} of {name}; 0 is what its first block hears, "
+            f"{num_blocks} its output"
+        )
     identity = teacher_identity(name, encoder)
     freeze(encoder).to(device)  # type: ignore[arg-type]
     inputs = EncoderInputs(encoder, normalize_input=normalize_input, grid_seconds=grid_seconds).to(device)
-    chosen = range(len(encoder_layers(encoder)) + 1) if layers is None else layers
+    chosen = range(num_blocks + 1) if layers is None else layers
 
     def encode(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         output = encoder_output(encoder, as_dtype(inputs(waveforms, num_samples), encoder.dtype))

@@ -25,8 +25,9 @@ from speechkd.config import parse_config
 from speechkd.data.augment import SpecAugmentConfig
 from speechkd.data.manifest import read_manifest, write_manifest
 from speechkd.estimate import load_recipe
+from speechkd.features_store import fill_states
+from speechkd.frame_encoders import load_frame_encoder
 from speechkd.labels.filters import FilterConfig
-from speechkd.labels.layer_states import label_states, read_states
 from speechkd.labels.mvq_labels import fit_quantizer, label_codes
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, create_store
 from speechkd.losses.codebook import CodebookPredictor
@@ -64,7 +65,9 @@ def place(tmp_path_factory) -> Path:
     for layer in (1, 2):
         fit_quantizer(str(folder / "hubert"), layer, manifest, folder / f"quantizer{layer}", config=QUICK)
     label_codes(str(folder / "hubert"), [folder / "quantizer2"], manifest, folder / "codes/train")
-    label_states(str(folder / "hubert"), 2, manifest, folder / "states/train")
+    fill_states(
+        load_frame_encoder(str(folder / "hubert"), layers=[2]), read_manifest(manifest), folder / "states/train"
+    )
     return folder
 
 
@@ -172,7 +175,7 @@ def test_targets_of_another_teacher_quantizer_layer_or_rate_are_refused(place, t
         opened(place, "mvq", name=str(place / "other"))
     with pytest.raises(QuantizerError, match=f"quantizer {ids[1]} .* fitted on teacher .*hubert .* has .*other"):
         opened(place, "mvq", name=str(place / "other"), codes_dir=None)
-    with pytest.raises(LabelStoreError, match="holds states of layer 2, but states of layer 1 are asked for"):
+    with pytest.raises(LabelStoreError, match=r"holds states of layers \[2\], but states of layer 1 are asked for"):
         opened(place, "l1", layer=1)
     with pytest.raises(LabelStoreError, match=r"holds targets \['mvq'\], but states of layer 2"):
         opened(place, "l1", states_dir=str(place / "codes"))
@@ -182,21 +185,19 @@ def test_targets_of_another_teacher_quantizer_layer_or_rate_are_refused(place, t
     with pytest.raises(ValueError, match="is 1.67 times student_rate_hz=30"):
         opened(place, "mvq", rate_hz=30.0).check_lengths({"clips-5": 60}, {"clips-5": 99})
     with pytest.raises(ValueError, match="layer 9 is not one of 0 to 4"):
-        label_states(str(place / "hubert"), 9, place / "clips.jsonl", tmp_path / "states")
+        load_frame_encoder(str(place / "hubert"), layers=[9])
 
 
 def test_stored_states_are_those_of_each_clip_in_float16(place):
     store = LabelStore(place / "states/train")
-    header = store.header["layer_states"]
-    assert (header["layer"], header["dim"], header["frame_rate_hz"], header["bytes_per_frame"]) == (2, 32, 50.0, 64)
+    header = store.header["hidden_states"]
+    assert (header["layers"], header["width"], header["frame_rate_hz"], header["dtype"]) == ([2], 32, 50.0, "float16")
     live = opened(place, "l1", states_dir=None)
     for row in store.rows():
-        states = read_states(store, row["id"])
-        assert states.dtype == torch.float16 and len(states) == row["num_frames"]
+        states = store.array(row["id"])
+        assert states.dtype == torch.float16 and states.shape == (1, row["num_frames"], 32)
     waveform = torch.zeros(1, 16_000)
     assert live.live(waveform, [16_000], [25])["states"].shape == (1, 25, 2, 32)
-    with pytest.raises(LabelStoreError, match="holds no states of utterance 'nobody'"):
-        read_states(store, "nobody")
 
 
 # the objective

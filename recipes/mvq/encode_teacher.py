@@ -11,8 +11,10 @@ from typing import Any
 
 from speechkd.cli import run_command
 from speechkd.config import parse_config
+from speechkd.data.hub import read_utterances
 from speechkd.estimate import load_recipe, recipe_config_class
-from speechkd.labels.layer_states import label_states
+from speechkd.features_store import fill_states
+from speechkd.frame_encoders import load_frame_encoder
 from speechkd.labels.mvq_labels import codes_summary, fit_quantizer, label_codes
 from speechkd.models.quantizer import QuantizerError, load_quantizer
 
@@ -78,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
             facts = codes_summary(store)
             logger.info("%s: %d bytes, a %d-th of float32", output_dir, facts["code_bytes"], facts["storage_ratio"])
         else:
-            label_states(teacher.name, teacher.layer, source, output_dir, **options)
+            encoder = load_frame_encoder(teacher.name, layers=[teacher.layer], device=config.trainer.device)
+            fill_states(encoder, read_utterances(source), output_dir, **options)
             logger.info("%s: states of layer %d", output_dir, teacher.layer)
 
 

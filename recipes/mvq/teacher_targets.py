@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from speechkd.features_store import FrameEncoder, load_frame_encoder
-from speechkd.labels.layer_states import layer_of_clips, read_states, states_header
+from speechkd.frame_encoders import FrameEncoder, load_frame_encoder
 from speechkd.labels.mvq_codes import mvq_settings, read_codes
 from speechkd.labels.teacher_cache import LabelStore, LabelStoreError, check_teacher
 from speechkd.losses.codebook import align_codes
@@ -85,7 +84,7 @@ class Targets:
         teacher: identity of the teacher.
         alignment: to the student's frames.
         store: that holds them; None for a live teacher.
-        encoder: the live teacher; None with a store.
+        encoder: the live teacher, with this layer alone; None with a store.
         layer: which of its layers.
         quantizer: of codes; None for states.
         width: of the teacher's states.
@@ -109,7 +108,7 @@ class Targets:
             return {"codes": self.alignment.codes(read_codes(self.store, utterance_id, self.quantizer.id), num_frames)}
         if not is_known:
             return {"states": torch.zeros(*shape, self.width).half(), "states_mask": torch.zeros(shape).bool()}
-        states, mask = self.alignment.states(read_states(self.store, utterance_id), num_frames)
+        states, mask = self.alignment.states(self.store.array(utterance_id)[0], num_frames)
         return {"states": states, "states_mask": mask}
 
     @torch.no_grad()
@@ -124,9 +123,7 @@ class Targets:
         assert self.encoder is not None
         clips = [clip[:length] for clip, length in zip(waveforms, num_samples, strict=True)]
         groups = [clips] if self.encoder.pads else [[clip] for clip in clips]  # others would hear the padding
-        states = [
-            clip for group in groups for clip in layer_of_clips(self.encoder, self.layer, group, waveforms.device)
-        ]
+        states = [clip for group in groups for clip in layer_of_clips(self.encoder, group, waveforms.device)]
         if self.quantizer is None:
             return collate_targets(
                 [
@@ -156,6 +153,20 @@ class Targets:
                 except ValueError as error:
                     folder = "the store" if self.store is None else self.store.folder
                     raise LabelStoreError(f"{folder}, utterance {key!r}: {error}") from error
+
+
+def layer_of_clips(encoder: FrameEncoder, waveforms: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """States of each clip, (frames, width), float32, of an encoder with one layer.
+
+    Args:
+        encoder: the teacher.
+        waveforms: 16 kHz samples of each clip, (samples,); of clips of different lengths the encoder must take padding.
+        device: where it is.
+    """
+    padded = pad_sequence(list(waveforms), batch_first=True)
+    num_samples = torch.tensor([len(waveform) for waveform in waveforms])
+    states, num_frames = encoder.encode(padded.to(device), num_samples)
+    return [clip[0, :frames].float() for clip, frames in zip(states, num_frames.tolist(), strict=True)]
 
 
 def collate_targets(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -199,17 +210,18 @@ def open_targets(
         quantizer = load_quantizer(str(config.quantizer_dir)).to(device)
         _check_quantizer(config, quantizer)
     if folder is None:
-        encoder = load_frame_encoder(config.name, device=device)
+        encoder = load_frame_encoder(config.name, layers=[config.layer], device=device)
         if quantizer is not None:
             _check_teacher_of(quantizer, encoder.identity, config)
-        facts, identity, store = states_header(config.layer, encoder), encoder.identity, None
+        facts = {"width": encoder.width, "frame_rate_hz": encoder.frames_per_second}
+        identity, store = encoder.identity, None
     else:
         store, encoder = LabelStore(Path(folder) / split), None
         identity = store.header["teacher"]
         if quantizer is not None:
             entry, _ = mvq_settings(store, quantizer)
             check_teacher(store, (quantizer.source or {})["teacher"])
-            facts = {"dim": entry["dim"], "frame_rate_hz": store.header["mvq"]["frame_rate_hz"]}
+            facts = {"width": entry["dim"], "frame_rate_hz": store.header["mvq"]["frame_rate_hz"]}
         else:
             facts = _stored_states(store, config)
         if identity["name"] != config.name:
@@ -224,7 +236,7 @@ def open_targets(
         encoder=encoder,
         layer=config.layer,
         quantizer=quantizer,
-        width=facts["dim"],
+        width=facts["width"],
     )
 
 
@@ -249,9 +261,9 @@ def _check_teacher_of(quantizer: Quantizer, identity: dict[str, Any], config: Te
 
 
 def _stored_states(store: LabelStore, config: TeacherConfig) -> dict[str, Any]:
-    facts = store.header.get("layer_states")
-    if facts is None or facts["layer"] != config.layer:
-        found = f"targets {store.header['targets']}" if facts is None else f"states of layer {facts['layer']}"
+    facts = store.header.get("hidden_states")
+    if facts is None or facts["layers"] != [config.layer]:
+        found = f"targets {store.header['targets']}" if facts is None else f"states of layers {facts['layers']}"
         raise LabelStoreError(
             f"{store.folder} holds {found}, but states of layer {config.layer} are asked for; run the encode stage "
             "into another teacher.states_dir"

@@ -18,14 +18,13 @@ sys.path.insert(0, str(ROOT / "recipes/mvq"))
 
 from recognition_corpora import collate_recognition  # noqa: E402
 from recognition_objective import LossConfig, count_items, loss_terms, make_head  # noqa: E402
-from teacher_targets import Distillation, FrameAlignment, Targets  # noqa: E402
+from teacher_targets import Distillation, FrameAlignment, Targets, layer_of_clips  # noqa: E402
 
 from speechkd.data.audio import load_utterance  # noqa: E402
 from speechkd.data.features import SAMPLE_RATE_HZ  # noqa: E402
 from speechkd.data.hub import read_utterances  # noqa: E402
 from speechkd.doctor import hardware_name  # noqa: E402
-from speechkd.features_store import FrameEncoder, load_frame_encoder  # noqa: E402
-from speechkd.labels.layer_states import layer_of_clips  # noqa: E402
+from speechkd.frame_encoders import FrameEncoder, load_frame_encoder  # noqa: E402
 from speechkd.models.quantizer import Quantizer  # noqa: E402
 from speechkd.models.quantizer_fit import FitConfig, fit  # noqa: E402
 from speechkd.models.recognizer import (  # noqa: E402
@@ -137,8 +136,9 @@ def main() -> None:
     config = RecognizerConfig(num_symbols=NUM_SYMBOLS, dropout=0.0, **BUDGETS[arguments.size])
     items = items_of(clips, config)
     longest = max(item["duration_seconds"] for item in items)
-    whole = load_frame_encoder(arguments.teacher, device=device)
-    states = [layer_of_clips(whole, LAYER, [item["waveform"].to(device) / 32768], device)[0] for item in items]
+    whole = load_frame_encoder(arguments.teacher, layers=[LAYER], device=device)
+    with torch.no_grad():
+        states = [layer_of_clips(whole, [item["waveform"].to(device) / 32768], device)[0] for item in items]
     quantizer = fit(torch.cat(states), QUICK)[0]
     codes, regression = targets_of(whole, quantizer, config), targets_of(whole, None, config)
     steps: dict[str, Step] = {
@@ -149,7 +149,7 @@ def main() -> None:
         "live teacher, states": recipe_step("l2", regression, items, config, device, stored=False),
     }
     if whole.max_seconds <= 30:  # a Whisper, which hears 30 s of every clip
-        cut = load_frame_encoder(arguments.teacher, window_seconds=int(longest) + 1, device=device)
+        cut = load_frame_encoder(arguments.teacher, layers=[LAYER], window_seconds=int(longest) + 1, device=device)
         name = f"live teacher with a window of {int(longest) + 1} s, codes"
         steps[name] = recipe_step("mvq", targets_of(cut, quantizer, config), items, config, device, stored=False)
     losses = {name: one() for name, one in steps.items()}
