@@ -322,6 +322,10 @@ def test_settings_that_do_not_fit_are_refused(capsys):
     for wrong, message in (
         (["--teacher.layers=null"], "teacher.layers=None with loss.method=distilhubert: distilhubert needs target"),
         (["--loss.method=colld"], "teacher.layers=[2, 4, 6] with loss.method=colld"),
+        (
+            ["--loss.method=colld", "--teacher.layers=null"],
+            "student.heads=least_squares is for loss.method=distilhubert",
+        ),
         (["--loss.method=fithubert"], "loss.method"),
         (["--loss.cosine=-1"], "loss.cosine must be 0 or more, got -1"),
         (["--loss.temperature=0"], "loss.temperature"),
@@ -444,6 +448,21 @@ def test_stored_states_of_the_teacher_give_the_loss_of_the_live_one(family, meth
 
     with pytest.raises(ValueError, match="has 1.0 s, which data.crop_seconds=0.5 would crop"):
         built([*stored, "--data.crop_seconds=0.5"])
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("family", ["hubert", "whisper"])
+def test_heads_by_least_squares_begin_with_less_to_learn(family, hubert, whisper, manifest):
+    argv = arguments(BARISTA, {"hubert": hubert, "whisper": whisper}[family], manifest)
+    argv += ["--teacher.window_seconds=null"] if family == "hubert" else ["--teacher.grid_seconds=0.2"]
+    losses = {}
+    for heads in ("random", "least_squares"):
+        trainer, run = built([*argv, f"--student.heads={heads}"])
+        assert run["heads"] == heads
+        batch = next(iter(trainer.get_train_dataloader()))
+        torch.manual_seed(0)
+        losses[heads] = trainer.loss_terms(trainer.model.eval(), trainer.teacher, batch)[0].item()
+    assert losses["least_squares"] < 0.8 * losses["random"]
 
 
 @pytest.mark.recipe

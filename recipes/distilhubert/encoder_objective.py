@@ -85,6 +85,11 @@ class SharedFrames:
         """Lengths in samples, (clips,), int64, to frames of the same shape."""
         return torch.minimum(self.student.num_frames(num_samples), self.teacher.num_frames(num_samples))
 
+    def align(self, ours: Tensor, theirs: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States of both, (batch, layers, frames, dim), over the frames that they share; see `align_frames`."""
+        frames = (self.student.num_frames(num_samples), self.teacher.num_frames(num_samples))
+        return align_frames(ours, theirs, *frames, num_samples)
+
 
 def loss_terms(
     model: CompactStudent,
@@ -115,21 +120,8 @@ def loss_terms(
     """
     num_samples = torch.tensor(batch["num_samples"])  # on the CPU, where the checks of lengths wait for no device
     inputs = model.inputs(pcm16_to_float(batch["waveforms"]), num_samples)
-    if teacher is None:
-        targets = batch["states"]
-    else:
-        with torch.autocast(
-            batch["waveforms"].device.type, enabled=False
-        ):  # its dtype is its own, as in the paper's code
-            targets = teacher_targets(teacher, inputs, layers, dropout=teacher_dropout)
-    predictions = model(inputs, batch.get("masked"))
-    predictions, targets, inside = align_frames(
-        predictions,
-        targets,
-        frames.student.num_frames(num_samples),
-        frames.teacher.num_frames(num_samples),
-        num_samples,
-    )
+    targets = live_or_stored(teacher, inputs, batch, layers, teacher_dropout)
+    predictions, targets, inside = frames.align(model(inputs, batch.get("masked")), targets, num_samples)
     if weights.method == "colld":
         if weights.normalize_targets:
             targets = normalize_frames(targets)
@@ -153,6 +145,16 @@ def loss_terms(
         normalize_targets=weights.normalize_targets,
     )
     return distance + cosine, {weights.distance: distance.detach(), "cosine": cosine.detach()}
+
+
+def live_or_stored(
+    teacher: PreTrainedModel | None, inputs: dict[str, Tensor], batch: Batch, layers: Sequence[int], dropout: bool
+) -> Tensor:
+    """The teacher's layers, (batch, layers, frames, width), from the batch where there is no teacher."""
+    if teacher is None:
+        return batch["states"]
+    with torch.autocast(batch["waveforms"].device.type, enabled=False):  # its dtype is its own, as in the paper's code
+        return teacher_targets(teacher, inputs, layers, dropout=dropout)
 
 
 def count_items(batch: Batch, *, num_frames: Callable[[Tensor], Tensor], num_layers: int) -> Tensor:

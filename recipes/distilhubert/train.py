@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from encoder_objective import LossConfig, SharedFrames, count_items, loss_terms
+from head_frames import start_student_heads
 from transformers import PreTrainedModel, set_seed
 
 from speechkd.cli import run_command
@@ -86,6 +87,8 @@ class StudentConfig:
         num_layers: its depth.
         init: teacher takes the convolutions and the first layers of the teacher, random none.
         init_from: an encoder to start from instead, folder or Hub id, that hears what the teacher hears; null for none.
+        heads: of distilhubert; random as in the paper, or least_squares: the best linear maps from the student as it
+            starts. For short runs, in which random ones teach it nothing.
         feature_grad_mult: factor of the gradient into the convolutions; 0 freezes them, w2v-BERT has none and takes 1.
         conv_dim: channels of its convolutions, one number for all or a list with one for each; null for the teacher's.
             Not for Whisper and w2v-BERT.
@@ -95,6 +98,7 @@ class StudentConfig:
     num_layers: int = 2
     init: Literal["teacher", "random"] = "teacher"
     init_from: str | None = None
+    heads: Literal["random", "least_squares"] = "random"
     feature_grad_mult: float = 0.1
     conv_dim: int | list[int] | None = None
     intermediate_size: int | None = None
@@ -133,6 +137,11 @@ class DistilHubertConfig:
             raise ValueError(
                 f"teacher.layers={self.teacher.layers} with loss.method={self.loss.method}: distilhubert needs target "
                 "layers, such as [4, 8, 12] of HuBERT Base, and colld takes null"
+            )
+        if self.loss.method == "colld" and self.student.heads != "random":
+            raise ValueError(
+                f"student.heads={self.student.heads} is for loss.method=distilhubert; the maps of colld start as the "
+                "identity, leave it out"
             )
         self.trainer.follow_data(self.data.num_workers, self.data.dev_manifest)
 
@@ -266,6 +275,7 @@ def describe_run(
         "parameters": encoder.num_parameters(),
         "head_parameters": sum(weight.numel() for weight in student.heads.parameters()),
         "init": config.student.init_from or config.student.init,
+        "heads": config.student.heads,
         **training_facts(
             config.trainer,
             license=config.teacher.license,
@@ -321,6 +331,17 @@ def build_trainer(config: DistilHubertConfig) -> tuple[DistillationTrainer, dict
         encoder = stored_teacher(config, teacher, normalize_input, layers)
         for part in clip_sets(clips.train_set, clips.dev_set):
             add_states(part, encoder, config)
+    if config.student.heads == "least_squares":
+        start_student_heads(
+            student,
+            None if is_stored else teacher,
+            clips.train_set,
+            frames=frames,
+            layers=layers,
+            normalize_targets=loss.normalize_targets,
+            seed=config.trainer.seed,
+            device=config.trainer.device,
+        )
     trainer = DistillationTrainer(
         student,
         None if is_stored else teacher,

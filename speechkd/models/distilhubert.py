@@ -193,7 +193,11 @@ class CompactStudent(PreTrainedModel):
         pass  # the encoder and the heads come with weights
 
     def forward(self, inputs: dict[str, Tensor], masked: Tensor | None = None) -> Tensor:
-        """Predictions of the teacher's states, (batch, heads, frames, teacher_dim).
+        """Predictions of the teacher's states, (batch, heads, frames, teacher_dim); see `states`."""
+        return self.heads(self.states(inputs, masked))
+
+    def states(self, inputs: dict[str, Tensor], masked: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What the first layer hears and the output of each, (batch, frames, width), which the heads take.
 
         Args:
             inputs: of `EncoderInputs`.
@@ -214,7 +218,7 @@ class CompactStudent(PreTrainedModel):
                 hooks.callback(projection.register_forward_hook(lambda *call: hide(call[-1])).remove)
             output = encoder_output(self.encoder, as_dtype(inputs, self.dtype))
         # the last is taken after the norm that some encoders end with, so that it learns too
-        return self.heads((*output.hidden_states[:-1], output.last_hidden_state))
+        return (*output.hidden_states[:-1], output.last_hidden_state)
 
     def save_encoder(self, folder: str | Path) -> None:
         """Save what stock transformers loads: `AutoModel` gives the encoder, `AutoFeatureExtractor` makes its input.
