@@ -672,6 +672,7 @@ def test_the_small_runs_differ_in_method_alone_and_compute_little_silence():
         argv = ["--config", str(RECIPE / f"{name}.yaml"), "--trainer.use_cpu=true"]
         runs[name], _ = parse_config(train.DistilHubertConfig, argv)
     mini, colld = runs["mini"], runs["colld_mini"]
+    mini.student.heads = "random"  # the maps of colld start as the identity
     assert mini.data == colld.data and mini.student == colld.student and mini.teacher.grid_seconds == 0.64
     settings = ("max_steps", "learning_rate", "warmup_steps", "max_grad_norm", "adam_beta2")
     assert all(getattr(mini.trainer, key) == getattr(colld.trainer, key) for key in settings)
