@@ -94,3 +94,27 @@ probe_stage() {
     --fsdd-dir "$(value probe.fsdd_dir)" --barista-dir "$(value probe.barista_dir)" --encoders \
     "teacher=$(value teacher.name)" "$name=$run_dir/student" log-mel=log-mel "fresh-$name=random:$run_dir/student"
 }
+
+# transcribe_stage NUMBER: data.label_teacher transcribes every split into data.labels_dir; without one the texts are those of
+# the manifests. The stores may be shared with other runs, so --force removes none; they refuse another teacher themselves.
+transcribe_stage() {
+  local labels_dir
+  labels_dir=$(value data.labels_dir)
+  if [[ $labels_dir == none ]]; then
+    (( first > $1 || last < $1 )) || echo "stage $1 (label): no data.labels_dir, the texts are those of the manifests"
+    return 0
+  fi
+  transcribe() {
+    local split manifest
+    for split in train test dev; do
+      manifest=$(value "data.${split}_manifest")
+      [[ $manifest == none ]] ||
+        speechkd label --teacher "$(value data.label_teacher)" --whisper-task "$(value decoding.task)" \
+          --batch-size "$(value decoding.batch_size)" --max-new-tokens "$(value decoding.max_new_tokens)" \
+          --num-workers "$(value decoding.num_workers)" --max-skipped-fraction "$(value data.max_skipped_fraction)" \
+          --manifest "$manifest" --output-dir "$labels_dir/$split" --language "$(value decoding.language)"
+    done
+  }
+  run_stage "$1" label "$labels_dir/.stage-transcribe.json" \
+    "data.train_manifest data.test_manifest data.dev_manifest data.label_teacher data.max_skipped_fraction decoding" "" transcribe
+}

@@ -10,28 +10,9 @@ source "$recipe_dir/../stages.sh"
 read_arguments 5 "$@"
 resolve
 run_dir=$(value trainer.output_dir)
-labels_dir=$(value data.labels_dir)
 
-label() {
-  local split manifest
-  for split in train test dev; do
-    manifest=$(value "data.${split}_manifest")
-    [[ $manifest == none ]] ||
-      speechkd label --teacher "$(value data.label_teacher)" --whisper-task "$(value decoding.task)" \
-        --batch-size "$(value decoding.batch_size)" --max-new-tokens "$(value decoding.max_new_tokens)" \
-        --num-workers "$(value decoding.num_workers)" --max-skipped-fraction "$(value data.max_skipped_fraction)" \
-        --manifest "$manifest" --output-dir "$labels_dir/$split" --language "$(value decoding.language)"
-  done
-}
-
-manifests="data.train_manifest data.test_manifest data.dev_manifest"
 prepare_stage # recipes/distil_whisper prepares the same corpora, and leaves the same stamp
-if [[ $labels_dir == none ]]; then
-  (( first > 2 || last < 2 )) || echo "stage 2 (label): no data.labels_dir, the texts are those of the manifests"
-else # the stores may be shared with other runs, so --force removes none; they refuse another teacher themselves
-  run_stage 2 label "$labels_dir/.stage-transcribe.json" \
-    "$manifests data.label_teacher data.max_skipped_fraction decoding" "" label
-fi
+transcribe_stage 2
 if [[ $(value loss.kd) == none ]]; then # quantizer and stores may be shared with other runs too
   (( first > 3 || last < 3 )) || echo "stage 3 (encode): loss.kd is none, there is no teacher to run"
 else

@@ -10,30 +10,11 @@ source "$recipe_dir/../stages.sh"
 read_arguments 6 "$@"
 resolve
 run_dir=$(value trainer.output_dir)
-labels_dir=$(value data.labels_dir)
 
-label() {
-  local split manifest
-  for split in train test dev; do
-    manifest=$(value "data.${split}_manifest")
-    [[ $manifest == none ]] ||
-      speechkd label --teacher "$(value data.label_teacher)" --whisper-task "$(value decoding.task)" \
-        --batch-size "$(value decoding.batch_size)" --max-new-tokens "$(value decoding.max_new_tokens)" \
-        --num-workers "$(value decoding.num_workers)" --max-skipped-fraction "$(value data.max_skipped_fraction)" \
-        --manifest "$manifest" --output-dir "$labels_dir/$split" --language "$(value decoding.language)"
-  done
-}
-
-manifests="data.train_manifest data.test_manifest data.dev_manifest"
 prepare_stage # recipes/distil_whisper prepares the same corpora, and leaves the same stamp
-if [[ $labels_dir == none ]]; then
-  (( first > 2 || last < 2 )) || echo "stage 2 (label): no data.labels_dir, the texts are those of the manifests"
-else # the stores may be shared with other runs, so --force removes none; they refuse another teacher themselves
-  run_stage 2 label "$labels_dir/.stage-transcribe.json" \
-    "$manifests data.label_teacher data.max_skipped_fraction decoding" "" label
-fi
+transcribe_stage 2
 run_stage 3 embed "$run_dir/.stage-embed.json" \
-  "$manifests data.labels_dir data.max_skipped_fraction teacher student" "" \
+  "data.train_manifest data.test_manifest data.dev_manifest data.labels_dir data.max_skipped_fraction teacher student" "" \
   python "$recipe_dir/store_targets.py" --config "$resolved"
 run_stage 4 train "$run_dir/.stage-train.json" "teacher data student loss filters trainer" "$run_dir" \
   python "$recipe_dir/train.py" --config "$resolved"
