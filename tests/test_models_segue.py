@@ -293,6 +293,19 @@ def test_a_saved_encoder_has_its_own_dropout_rates(tmp_path):
     assert (layer.feed_forward.intermediate_dropout.p, layer.feed_forward.output_dropout.p) == (0.1, 0.1)
 
 
+def test_a_grid_does_not_reach_beyond_a_window_that_was_shortened():
+    student = make_student("whisper", {"max_source_positions": 100}, grid_seconds=0.64)  # 2 s
+    lengths = torch.tensor([32_000, 8_000])
+    assert student.num_states(lengths).tolist() == [100, 32]
+    waveforms = torch.zeros(2, 33_600)  # as a loader pads it
+    waveforms[:, :32_000] = torch.randn(2, 32_000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = student(waveforms, lengths)
+        torch.testing.assert_close(together[:1], student(waveforms[:1, :32_000], lengths[:1]), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="a clip of 2.10 s is longer than the model.s window of 2 s"):
+        student(waveforms, torch.tensor([33_600, 8_000]))
+
+
 def test_whisper_on_30_s_is_the_stock_encoder():
     model = make_model("whisper").eval()
     waveforms, num_samples = make_clips(8000, 5000)

@@ -202,7 +202,7 @@ def build_set(
         usable = usable_clips(
             manifest,
             output_dir if split == "train" else output_dir / split,
-            max_seconds=WINDOW_SAMPLES / SAMPLE_RATE_HZ if student.is_whisper else data.max_batch_seconds,
+            max_seconds=student.window.seconds if student.is_whisper else data.max_batch_seconds,
             max_skipped_fraction=data.max_skipped_fraction,
             num_workers=data.num_workers,
         )
@@ -221,7 +221,7 @@ def build_set(
         said,
         heard_seconds(student, kept.durations_seconds),
         min_samples=1 if student.is_whisper else MIN_SAMPLES,
-        max_samples=WINDOW_SAMPLES if student.is_whisper else None,
+        max_samples=student.log_mel.max_samples if student.is_whisper else None,
         embeddings=embeddings,
         states=states,
     )

@@ -83,7 +83,10 @@ class SegueEncoder(PreTrainedModel):
         has_own_width = self.embedding_dim == config.hidden_size
         self.projection = None if has_own_width else nn.Linear(config.hidden_size, self.embedding_dim)
         self.window = WhisperWindow(grid_seconds=grid_seconds)
-        self.log_mel: Any = WhisperLogMel(config.num_mel_bins) if self.is_whisper else None
+        self.log_mel: Any = None
+        if self.is_whisper:  # its window may have been shortened
+            self.log_mel = WhisperLogMel.for_model(config)  # type: ignore[arg-type]
+            self.window = WhisperWindow(self.log_mel.max_samples / SAMPLE_RATE_HZ, grid_seconds)
         self.normalize_input, self.grid_seconds = normalize_input and not self.is_whisper, grid_seconds
         self.num_frozen_layers, self._is_frozen = num_frozen_layers, False
         self._freeze_lower()
@@ -299,7 +302,8 @@ class SegueEncoder(PreTrainedModel):
         real = padding_mask(num_samples, waveforms)
         num_states = self.num_states(num_samples)
         width = int(num_states.max())
-        features = self.log_mel(waveforms.masked_fill(~real, 0.0))[..., : 2 * width].to(self.dtype)
+        heard = max(int(num_samples.max()), self.log_mel.max_samples)  # a batch may be padded beyond the window
+        features = self.log_mel(waveforms.masked_fill(~real, 0.0)[:, :heard])[..., : 2 * width].to(self.dtype)
         outside = ~padding_mask(num_states, features[:, 0, ::2])
         states = embed_features(self.stack, features, outside)
         return states, self._attention_mask(states, ~outside)
