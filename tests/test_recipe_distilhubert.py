@@ -36,7 +36,7 @@ RECIPE = ROOT / "recipes/distilhubert"
 YAMLS = sorted(RECIPE.glob("*.yaml"))
 PAPER, BARISTA, COLLD = (RECIPE / f"{name}.yaml" for name in ("librispeech", "barista", "colld_barista"))
 train = load_recipe(RECIPE / "train.py")
-states = load_recipe(RECIPE / "store_states.py")
+states = load_recipe(RECIPE / "store_teacher_states.py")
 
 
 @pytest.fixture
@@ -434,7 +434,7 @@ def test_stored_states_of_the_teacher_give_the_loss_of_the_live_one(family, meth
     argv = arguments(path, {"hubert": hubert, "whisper": whisper}[family], manifest, "--data.num_workers=1")
     argv += ["--teacher.window_seconds=null"] if family == "hubert" else ["--teacher.grid_seconds=0.3"]
     stored = [*argv, f"--teacher.states_dir={tmp_path / 'states'}"]
-    with pytest.raises(ValueError, match="4 of 4 clips .* have no states in .*, the first .*store_states.py"):
+    with pytest.raises(ValueError, match="4 of 4 clips .* have no states in .*, the first .*store_teacher_states.py"):
         built(stored)
     states.main(stored)
     losses = []

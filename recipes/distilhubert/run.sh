@@ -16,7 +16,7 @@ if [[ $(value teacher.states_dir) == none ]]; then
   (( first > 2 || last < 2 )) || echo "stage 2 (states): no teacher.states_dir, the teacher runs in every step"
 else # the stores may be shared with other runs, so --force removes none; each teacher and set of layers has its own
   run_stage 2 states "$run_dir/.stage-states.json" "teacher data student loss" "" \
-    python "$recipe_dir/store_states.py" --config "$resolved"
+    python "$recipe_dir/store_teacher_states.py" --config "$resolved"
 fi
 run_stage 3 train "$run_dir/.stage-train.json" "teacher data student loss trainer" "$run_dir" \
   python "$recipe_dir/train.py" --config "$resolved"

@@ -55,8 +55,8 @@ class TeacherConfig:
         window_seconds: of a Whisper, the longest clip that it is to hear instead of 30 s; null for 30 s and others.
         grid_seconds: of a Whisper; it and the student compute a batch on its longest clip, rounded up to a multiple of
             this; null for the whole window and others.
-        states_dir: folder of the label stores of its target layers, which `store_states.py` makes; null runs it in
-            each step.
+        states_dir: folder of the label stores of its target layers, of `store_teacher_states.py`; null runs it in each
+            step.
         dtype: in which it computes, whatever the student does.
         dropout: leave its dropouts on, as the published code of DistilHuBERT does by accident.
         license: licence of its weights, for the student's model card.
@@ -185,7 +185,9 @@ def add_states(clips: ClipSet, encoder: FrameEncoder, config: DistilHubertConfig
     try:
         clips.states = open_states(encoder, clips.manifest, str(config.teacher.states_dir)).arrays
     except ValueError as error:
-        raise ValueError(f"{error}: python recipes/distilhubert/store_states.py makes teacher.states_dir") from error
+        raise ValueError(
+            f"{error}: python recipes/distilhubert/store_teacher_states.py makes teacher.states_dir"
+        ) from error
 
 
 def build_student(

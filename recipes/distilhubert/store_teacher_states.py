@@ -1,6 +1,6 @@
 """Run the teacher once over all clips: what `teacher.states_dir` keeps serves all epochs, and runs of other seeds.
 
-Launch: python recipes/distilhubert/store_states.py --config FILE [--section.key value ...]
+Launch: python recipes/distilhubert/store_teacher_states.py --config FILE [--section.key value ...]
 A store that was begun is continued.
 """
 
